@@ -1,0 +1,56 @@
+# Everything happens inside .venv: nothing is registered or written outside this folder.
+PYTHON ?= python3
+PROFILE ?= laptop
+# Extra words for pip, e.g. a CPU-only torch:
+#   make reproduce PIP_INSTALL_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_INSTALL_ARGS ?=
+
+BIN := .venv/bin
+# Kernels and settings of other Jupyter installations stay out: the venv's own `python3` kernel is used.
+unexport JUPYTER_PATH
+unexport JUPYTER_CONFIG_PATH
+unexport PYTHONPATH
+unexport PYTHONHOME
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help reproduce smoke test lab bench lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  PROFILE=$(PROFILE) (smoke, laptop, gpu); PIP_INSTALL_ARGS="--extra-index-url …" for another torch wheel'
+
+reproduce: .venv/.ready ## run every notebook and write reports/index.html (PROFILE=laptop)
+	$(BIN)/python -m projectable reproduce --profile $(PROFILE)
+
+smoke: .venv/.ready ## run every notebook at toy size into reports/smoke/: checks that they work, shows nothing
+	$(BIN)/python -m projectable reproduce --profile smoke
+
+test: .venv/.ready ## run the tests
+	$(BIN)/python -m pytest
+
+lab: .venv/.ready ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+bench: .venv/.bench-ready ## time the building blocks on one thread, into build/bench.json
+	@mkdir -p build
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-json=build/bench.json
+
+lint: .venv/.ready ## check format and style of code and notebooks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+clean: ## remove build/ and caches; keeps reports/, runs/ and .venv
+	rm -rf build .pytest_cache .ruff_cache .benchmarks *.egg-info
+	find projectable tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted install is taken up again.
+.venv/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(PIP_INSTALL_ARGS) -e '.[test]'
+	@touch $@
+
+.venv/.bench-ready: .venv/.ready
+	$(BIN)/python -m pip install --quiet $(PIP_INSTALL_ARGS) -e '.[test,bench]'
+	@touch $@
