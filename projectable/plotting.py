@@ -1,0 +1,308 @@
+"""One look for every figure.
+
+Notable:
+- Colours are Okabe–Ito's (safe for colour-blind readers) and belong to *families* of arms, the same in all
+  figures: the projected models are blue, the universal ones vermilion. Arms of one family differ by dash.
+- Each function takes tidy data and returns a matplotlib `Figure`; pyplot's global state is not used.
+- Points are seeds, lines are means, bars are 95 % intervals: of Student's t over seeds, where none is given.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+
+LOSS = "test loss (nats per token)"
+SIZE = "embedding size of the small model, $d_s$"
+
+# The family of an arm is the word below that its name holds first: `universal_film` is universal.
+FAMILIES = {
+    "projected": "#0072B2",  # blue
+    "universal": "#D55E00",  # vermilion
+    "specialist": "#009E73",  # green
+    "source": "#000000",
+    "mixture": "#56B4E9",  # sky
+    "slice": "#E69F00",  # orange: the source cut down without learning to project
+    "pca": "#E69F00",
+    "static": "#CC79A7",  # purple: the controls
+    "control": "#CC79A7",
+    "random": "#CC79A7",
+    "bank": "#CC79A7",
+}
+OTHER = "#7A7A7A"
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D")
+
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.labelsize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E7EC",
+    "axes.edgecolor": "#5C6675",
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "lines.linewidth": 1.8,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+def style():
+    """The look as a context (`with style(): …`) or as a decorator of a function that draws."""
+    return rc_context(STYLE)
+
+
+def family(arm: str) -> str | None:
+    """The family that an arm belongs to, None for none."""
+    found = [(arm.lower().find(word), word) for word in FAMILIES if word in arm.lower()]
+    return min(found)[1] if found else None
+
+
+def colour(arm: str) -> str:
+    """The fixed colour of an arm's family; grey for an arm of none."""
+    return FAMILIES.get(family(str(arm)), OTHER)
+
+
+def looks(arms) -> dict[str, dict]:
+    """Line looks of several arms: colour by family, dash and marker by place among those of one colour."""
+    places: dict[str, int] = {}
+    result = {}
+    for arm in arms:
+        place = places.get(colour(arm), 0)
+        places[colour(arm)] = place + 1
+        result[arm] = {
+            "color": colour(arm),
+            "linestyle": DASHES[place % len(DASHES)],
+            "marker": MARKERS[place % len(MARKERS)],
+        }
+    return result
+
+
+def label_of(arm) -> str:
+    """An arm's name as a legend shows it."""
+    return str(arm).replace("_", " ")
+
+
+def t_interval(values) -> tuple[float, float, float]:
+    """Mean and the ends of its 95 % interval by Student's t; NaN ends for fewer than two values."""
+    from scipy import stats
+
+    values = np.asarray(values, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, float("nan"), float("nan")
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+def _panels(count: int, width: float = 8.0, height: float = 4.5, sharey: bool = True):
+    """A figure with `count` panels side by side (at least one), and their axes as a list."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    return fig, list(fig.subplots(1, count, sharey=sharey, squeeze=False)[0])
+
+
+def _size_axis(ax, sizes) -> None:
+    """A log2 axis with a tick at each size."""
+    sizes = sorted(set(sizes))
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(sizes))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    ax.set_xlim(min(sizes) / 1.25, max(sizes) * 1.25)
+    ax.set_xlabel(SIZE)
+
+
+def _legend(ax, entries: int) -> None:
+    """A legend inside for a few entries, beside the axes for many."""
+    if entries > 4:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    elif entries > 0:
+        ax.legend()
+
+
+def _lines_over_size(df: pd.DataFrame, group: str, value: str, ylabel: str, summary: pd.DataFrame | None):
+    """Seeds as points, means with intervals as lines, against size."""
+    fig, (ax,) = _panels(1)
+    names = list(dict.fromkeys(df[group]))
+    for place, (name, look) in enumerate(looks(names).items()):
+        rows = df[df[group] == name]
+        shift = 1.025 ** (place - (len(names) - 1) / 2)  # side by side, so that intervals stay apart
+        if summary is None:
+            means = [(size, *t_interval(part)) for size, part in rows.groupby("d_s")[value]]
+        else:
+            part = summary[summary[group] == name].sort_values("d_s")
+            means = list(part[["d_s", "mean", "ci_low", "ci_high"]].itertuples(index=False, name=None))
+        size, mean, low, high = np.array(means, dtype=float).T
+        if "seed" in rows:
+            ax.plot(rows["d_s"] * shift, rows[value], "o", color=look["color"], alpha=0.3, ms=4, mec="none")
+        bars = np.nan_to_num(np.stack([mean - low, high - mean]))
+        ax.errorbar(size * shift, mean, yerr=bars, capsize=3, ms=5, label=label_of(name), **look)
+    _size_axis(ax, df["d_s"])
+    ax.set_ylabel(ylabel)
+    return fig, ax, len(names)
+
+
+@style()
+def loss_against_size(df: pd.DataFrame, source: float | None = None) -> Figure:
+    """Loss of each arm against size. `df`: arm, d_s, seed, loss. `source`: the large model's loss, a line."""
+    fig, ax, entries = _lines_over_size(df, "arm", "loss", LOSS, None)
+    if source is not None:
+        ax.axhline(source, color=FAMILIES["source"], lw=1.2, ls=(0, (6, 3)), label="source (large)")
+        entries += 1
+    _legend(ax, entries)
+    return fig
+
+
+@style()
+def gap_against_size(
+    df: pd.DataFrame, summary: pd.DataFrame | None = None, ylabel: str = "gap (nats per token)"
+) -> Figure:
+    """Paired gaps against size. `df`: comparison, d_s, seed, gap. `summary`, instead of t intervals:
+    comparison, d_s, mean, ci_low, ci_high.
+    """
+    fig, ax, entries = _lines_over_size(df, "comparison", "gap", ylabel, summary)
+    ax.axhline(0, color="#1D2430", lw=1)
+    _legend(ax, entries)
+    return fig
+
+
+@style()
+def learning_curves(df: pd.DataFrame, ylabel: str = "loss (nats per token)") -> Figure:
+    """Loss while training, mean over seeds. `df`: step, loss, any of arm, d_s (panels), split (dashes)."""
+    sizes = sorted(df["d_s"].unique()) if "d_s" in df else [None]
+    fig, axes = _panels(len(sizes))
+    arms = list(dict.fromkeys(df["arm"])) if "arm" in df else [None]
+    styles, splits = looks(map(str, arms)), list(dict.fromkeys(df["split"])) if "split" in df else [None]
+    for ax, size in zip(axes, sizes, strict=True):
+        for arm in arms:
+            for place, split in enumerate(splits):
+                keep = np.ones(len(df), dtype=bool)
+                for column, wanted in (("d_s", size), ("arm", arm), ("split", split)):
+                    keep &= True if wanted is None else (df[column] == wanted).to_numpy()
+                mean = df[keep].groupby("step")["loss"].mean()
+                words = [label_of(word) for word in (arm, split) if word is not None]
+                look = styles[str(arm)] | {"marker": None}
+                if len(splits) > 1:
+                    look |= {"linestyle": DASHES[place % len(DASHES)], "alpha": 1.0 if place == 0 else 0.75}
+                ax.plot(mean.index, mean.to_numpy(), label=", ".join(words) or None, **look)
+        ax.set_xlabel("step")
+        if size is not None:
+            ax.set_title(f"$d_s$ = {size}")
+    axes[0].set_ylabel(ylabel)
+    entries = len(axes[-1].get_legend_handles_labels()[1])
+    _legend(axes[-1], entries)
+    return fig
+
+
+@style()
+def sweep_curves(df: pd.DataFrame) -> Figure:
+    """Validation loss against learning rate. `df`: arm, d_s, lr, val_loss. An arm's best is ringed; one
+    at an edge of its sweep, which would ask for a wider one, is crossed."""
+    sizes = sorted(df["d_s"].unique())
+    fig, axes = _panels(len(sizes), sharey=False)
+    for ax, size in zip(axes, sizes, strict=True):
+        for arm, look in looks(dict.fromkeys(df["arm"])).items():
+            mean = df[(df["arm"] == arm) & (df["d_s"] == size)].groupby("lr")["val_loss"].mean()
+            if mean.empty:
+                continue
+            ax.plot(mean.index, mean.to_numpy(), ms=4, label=label_of(arm), **look)
+            best = mean.idxmin()
+            edge = best in (mean.index[0], mean.index[-1])
+            ax.plot(best, mean[best], "X" if edge else "o", ms=11, mfc="none", mec=look["color"], mew=1.6)
+        ax.set_xscale("log")
+        ax.set_title(f"$d_s$ = {size}")
+        ax.set_xlabel("learning rate")
+    axes[0].set_ylabel("validation loss (nats per token)")
+    _legend(axes[-1], df["arm"].nunique())
+    return fig
+
+
+@style()
+def image_grid(images, row_labels=None) -> Figure:
+    """Grey images in [0, 1] as a grid. `images`: (rows, columns, height, width); a label a row."""
+    images = np.asarray(images, dtype=float)
+    rows, columns, height, width = images.shape
+    gap = max(1, height // 14)
+    sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap))
+    for row in range(rows):
+        for column in range(columns):
+            y, x = row * (height + gap), column * (width + gap)
+            sheet[y : y + height, x : x + width] = images[row, column]
+    fig, (ax,) = _panels(1, 8.0, max(1.2, 7.0 * sheet.shape[0] / sheet.shape[1]))
+    ax.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.set_xticks([])
+    centres = [row * (height + gap) + height / 2 for row in range(rows)]
+    ax.set_yticks(centres if row_labels is not None else [], row_labels)
+    ax.tick_params(length=0)
+    return fig
+
+
+@style()
+def matrix(data, row_labels=None, col_labels=None, label: str = "", decimals: int = 2) -> Figure:
+    """A heat map with its numbers written in. `data`: a data frame (its labels are taken) or a 2-d array."""
+    if isinstance(data, pd.DataFrame):
+        row_labels = list(data.index) if row_labels is None else row_labels
+        col_labels = list(data.columns) if col_labels is None else col_labels
+    values = np.asarray(data, dtype=float)
+    rows, columns = values.shape
+    fig, (ax,) = _panels(1, 8.0, 1.6 + 0.5 * rows)
+    picture = ax.imshow(values, cmap="cividis", aspect="auto")
+    ax.grid(False)
+    ax.set_xticks(range(columns), col_labels, rotation=35, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(rows), row_labels)
+    ax.tick_params(length=0)
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for row in range(rows):
+        for column in range(columns):
+            ink = "white" if values[row, column] < middle else "black"
+            text = f"{values[row, column]:.{decimals}f}"
+            ax.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
+    fig.colorbar(picture, ax=ax, label=label)
+    return fig
+
+
+@style()
+def waterfall(df: pd.DataFrame) -> Figure:
+    """How the loss falls (or rises) from stage to stage. `df`: label, loss in the order of the stages, d_s (a
+    panel a size). Green bars lower the loss, vermilion ones raise it; the change is written beside."""
+    sizes = sorted(df["d_s"].unique()) if "d_s" in df else [None]
+    labels = list(dict.fromkeys(df["label"]))
+    fig, axes = _panels(len(sizes), height=1.2 + 0.5 * len(labels))
+    for ax, size in zip(axes, sizes, strict=True):
+        part = df if size is None else df[df["d_s"] == size]
+        losses = [part.loc[part["label"] == name, "loss"].mean() for name in labels]
+        for place, loss in enumerate(losses):
+            before = losses[place - 1] if place else loss
+            change = loss - before
+            bar = FAMILIES["specialist"] if change <= 0 else FAMILIES["universal"]
+            ax.barh(place, change, left=before, height=0.55, color=bar, alpha=0.85)
+            ax.plot(
+                [loss, loss],
+                [place - 0.28, place + 1 if place + 1 < len(losses) else place + 0.28],
+                "k-",
+                lw=1,
+            )
+            words = f"{change:+.3f}" if place else f"{loss:.3f}"
+            ax.annotate(
+                words,
+                (max(loss, before), place),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=10,
+            )
+        span = max(losses) - min(losses) or 1.0
+        ax.set_xlim(min(losses) - 0.08 * span, max(losses) + 0.35 * span)
+        ax.set_xlabel(LOSS)
+        if size is not None:
+            ax.set_title(f"$d_s$ = {size}")
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].invert_yaxis()
+    return fig
