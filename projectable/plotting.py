@@ -125,6 +125,15 @@ def _legend(ax, entries: int) -> None:
         ax.legend()
 
 
+def _legend_below(fig: Figure, axes) -> None:
+    """A legend for all panels, below them (inside where there is one panel only)."""
+    handles, labels = axes[0].get_legend_handles_labels()
+    if len(axes) == 1:
+        _legend(axes[0], len(labels))
+    elif labels:
+        fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+
+
 def _lines_over_size(df: pd.DataFrame, group: str, value: str, ylabel: str, summary: pd.DataFrame | None):
     """Seeds as points, means with intervals as lines, against size."""
     fig, (ax,) = _panels(1)
@@ -194,8 +203,7 @@ def learning_curves(df: pd.DataFrame, ylabel: str = "loss (nats per token)") -> 
         if size is not None:
             ax.set_title(f"$d_s$ = {size}")
     axes[0].set_ylabel(ylabel)
-    entries = len(axes[-1].get_legend_handles_labels()[1])
-    _legend(axes[-1], entries)
+    _legend_below(fig, axes)
     return fig
 
 
@@ -218,7 +226,7 @@ def sweep_curves(df: pd.DataFrame) -> Figure:
         ax.set_title(f"$d_s$ = {size}")
         ax.set_xlabel("learning rate")
     axes[0].set_ylabel("validation loss (nats per token)")
-    _legend(axes[-1], df["arm"].nunique())
+    _legend_below(fig, axes)
     return fig
 
 

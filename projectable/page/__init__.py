@@ -1,0 +1,225 @@
+"""How results look as pages: an executed notebook, or the index, becomes one HTML file that opens offline.
+
+Notable: maths becomes MathML while the markdown is parsed (so code is left alone), figures are embedded, code
+and progress output are folded away, and there is no script at all. Functions from data to HTML: no file is
+written here. The templates: `index.html.j2` (nbconvert's name for its main one) is the page of a notebook,
+`claims.html.j2` the index of all.
+"""
+
+import base64
+import io
+import math
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def number(value) -> str:
+    """A number for people: 3 to 4 decimals, integers as they are, a dash for what is missing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:.4f}" if size < 10 else f"{value:.3f}" if size < 1000 else f"{value:,.1f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as `8 s`, `3 min 20 s` or `1 h 05 min`."""
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def when(iso: str) -> str:
+    """`2025-01-31T09:05:07+00:00` as `2025-01-31 09:05 UTC`."""
+    return f"{iso[:10]} {iso[11:16]} UTC" if iso else ""
+
+
+def interval(claim: dict) -> str:
+    """`0.107 [0.091, 0.123]`, two digits of the interval's width; the value alone without one."""
+    ends = [claim["value"], claim["ci_low"], claim["ci_high"]]
+    if None in ends or ends[1] == ends[2]:
+        return number(claim["value"])
+    decimals = min(max(1 - math.floor(math.log10(abs(ends[2] - ends[1]))), 0), 6)
+    value, low, high = (f"{end:,.{decimals}f}" for end in ends)
+    return f"{value} [{low}, {high}]"
+
+
+def data_uri(png: Path, width: int | None = None) -> str | None:
+    """A picture as an address that holds it, scaled down to `width` pixels; None without such a file."""
+    if not png.exists():
+        return None
+    data = png.read_bytes()
+    if width:
+        from PIL import Image
+
+        image = Image.open(png).convert("RGB")
+        image.thumbnail((width, 2 * width))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", optimize=True)
+        data = buffer.getvalue()
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def mathml(latex: str, display: str) -> str:
+    """LaTeX as MathML; the source as code where it can't be converted."""
+    from html import escape
+
+    from latex2mathml.converter import convert
+
+    known = re.sub(r"{(aligned|gathered|eqnarray\*?)}", "{split}", latex.strip())
+    try:
+        return convert(known, display=display).replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
+    except Exception:  # the converter's errors have no common base; a page must not fail on one formula
+        return f"<code>{escape(latex)}</code>"
+
+
+def _exporter():
+    """nbconvert's HTML exporter with this folder as its template and MathML in place of MathJax."""
+    from jinja2 import pass_context
+    from nbconvert import HTMLExporter
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    class Renderer(IPythonRenderer):
+        def block_math(self, body):
+            return mathml(body, "block")
+
+        def inline_math(self, body):
+            return mathml(body, "inline")
+
+        def latex_environment(self, name, body):
+            if name.rstrip("*") == "equation":
+                return mathml(body, "block")
+            return mathml(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
+
+        def table(self, text):
+            return f'<div class="scroll"><table>{text}</table></div>'
+
+        # The parent's two parse each tag by itself, which would close it at once.
+        def inline_html(self, html):
+            return super().inline_html(html) if "<img" in html else html
+
+        def block_html(self, html):
+            return super().block_html(html) if "<img" in html else html
+
+    class PageExporter(HTMLExporter):
+        @pass_context
+        def markdown2html(self, context, source):
+            cell, meta = context.get("cell", {}), context.get("resources", {}).get("metadata", {})
+            renderer = Renderer(
+                escape=False,
+                embed_images=True,
+                exclude_anchor_links=True,
+                path=meta.get("path", ""),
+                attachments=cell.get("attachments", {}),
+            )
+            return MarkdownWithMath(renderer=renderer).render(source)
+
+    return PageExporter(
+        template_name=HERE.name,
+        extra_template_basedirs=[str(HERE.parent)],
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+
+
+def _css() -> str:
+    """Our style sheet, with the colours of code for light and for dark screens."""
+    from pygments.formatters import HtmlFormatter
+
+    light, dark = (
+        HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark")
+    )
+    # Ours comes last: it decides about backgrounds.
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{(HERE / 'style.css').read_text()}"
+
+
+def last_states(text: str) -> str:
+    """What a terminal would show in the end: of lines overwritten by carriage returns only the last state."""
+    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
+
+
+def _tidy(nb):
+    """A copy without title and error cells; streams are merged, progress bars in their last state."""
+    import copy
+
+    nb = copy.deepcopy(nb)
+    nb.metadata.pop("widgets", None)
+    nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
+    for cell in nb.cells:
+        if cell.cell_type == "markdown" and cell.source.lstrip().startswith("# "):
+            cell.source = cell.source.lstrip().partition("\n")[2]  # the page's header shows it
+            break
+    for cell in nb.cells:
+        if cell.cell_type != "code":
+            continue
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata["summary"] = "parameters of this run"
+        streams, outputs = {}, []
+        for output in cell.outputs:
+            if output.output_type == "stream" and output.name in streams:
+                streams[output.name].text += output.text
+                continue
+            if output.output_type == "stream":
+                streams[output.name] = output
+            outputs.append(output)
+        for output in streams.values():
+            output.text = last_states(output.text)
+        cell.outputs = outputs
+    return nb
+
+
+def notebook_html(
+    nb, status: dict, folder: Path, previous: str | None = None, next: str | None = None
+) -> str:
+    """The page of an executed notebook; `folder` is where its markdown's pictures are looked up."""
+    facts = [
+        duration(status["seconds"]),
+        f"profile {status['profile']}",
+        status["device"],
+        f"commit {status['commit']}",
+        when(status["finished"]),
+    ]
+    page = {
+        "css": _css(),
+        "status": status,
+        "facts": [f for f in facts if f],
+        "previous": previous,
+        "next": next,
+    }
+    resources = {"page": page, "metadata": {"name": status["notebook"], "path": str(folder)}}
+    html, _ = _exporter().from_notebook_node(_tidy(nb), resources)
+    return html
+
+
+def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures: Path) -> str:
+    """The index: headline figure, one row a claim, one row a notebook."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True)
+    environment.filters.update(
+        interval=interval, duration=duration, when=when, slug=lambda words: words.replace(" ", "-")
+    )
+    verdicts = [claim["verdict"] for claim in claims]
+    thumbs = {
+        status["notebook"]: data_uri(figures / f"{status['figure']}.png", 288)
+        for status in notebooks
+        if status["figure"]
+    }
+    return environment.get_template("claims.html.j2").render(
+        title="Projectable models",
+        css=_css(),
+        profile=profile,
+        headline=data_uri(figures / "headline.png"),
+        claims=claims,
+        counts=[(verdict, verdicts.count(verdict)) for verdict in dict.fromkeys(verdicts)],
+        notebooks=notebooks,
+        thumbs=thumbs,
+    )

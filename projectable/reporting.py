@@ -1,0 +1,396 @@
+"""Notebooks → reports: execute, render, collect.
+
+Notable:
+- Inside a notebook, `Report` writes tables (CSV), figures (PNG), scraps and claims as data, and shows them.
+- `reproduce` runs every notebook in a fresh kernel, goes on after failures, and rebuilds the index each time.
+- Reports of the `laptop` profile lie in `reports/`, those of other profiles in a folder of their own below,
+  so that a smoke run never overwrites the reference. Executed notebooks lie in `build/<profile>/`.
+- Every file is written atomically, a notebook's status last: it says that the page beside it is whole.
+
+Light to import: whatever is heavy is imported where it is used.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from projectable import page
+from projectable.execution import (
+    ReportError,
+    check_parameters,
+    error_message,
+    execute,
+    notebook_title,
+    read_notebook,
+)
+
+PROFILES = ("smoke", "laptop", "gpu")
+VERDICTS = ("reproduced", "not reproduced", "inconclusive")
+
+
+# ---------------------------------------------------------------------------------------------------- places
+
+
+def root() -> Path:
+    """The project's folder: PROJECTABLE_ROOT, or the folder that holds the package."""
+    return Path(os.environ.get("PROJECTABLE_ROOT") or Path(__file__).resolve().parent.parent)
+
+
+def check_profile(profile: str) -> str:
+    """The profile itself, or an error that names the allowed ones."""
+    if profile not in PROFILES:
+        raise ReportError(f"unknown profile {profile!r}; allowed: {', '.join(PROFILES)}")
+    return profile
+
+
+def reports_dir(profile: str) -> Path:
+    """Where the pages of a profile lie: `reports/` for laptop, `reports/<profile>/` for others."""
+    base = root() / "reports"
+    return base if check_profile(profile) == "laptop" else base / profile
+
+
+def build_dir(profile: str) -> Path:
+    """Where work files of a profile lie (executed notebooks, the lock)."""
+    return root() / "build" / check_profile(profile)
+
+
+def notebook_paths() -> list[Path]:
+    """The numbered notebooks, in order."""
+    return sorted((root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+# ------------------------------------------------------------------------------------------------ small parts
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    draft.replace(path)
+
+
+def write_json(path: Path, value) -> None:
+    """Write a value as readable JSON, atomically; NaN becomes null, a numpy number a plain one."""
+    write_atomically(path, json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(value):
+    """A value made of JSON's own types."""
+    if hasattr(value, "tolist"):  # numpy numbers and arrays, tensors
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read_json(path: Path, default):
+    return json.loads(path.read_text()) if path.exists() else default
+
+
+def device() -> str:
+    """What computes here, in words."""
+    import torch
+
+    return (
+        f"cuda: {torch.cuda.get_device_name()}"
+        if torch.cuda.is_available()
+        else f"cpu: {os.cpu_count()} cores"
+    )
+
+
+def current_commit() -> str:
+    """The commit of the working tree, with a `+` where package or notebooks differ from it."""
+
+    def git(*words):
+        return subprocess.run(
+            ["git", *words], cwd=root(), capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", "projectable", "notebooks") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ------------------------------------------------------------------------------------------ inside a notebook
+
+
+class Report:
+    """What one notebook finds, written as data while it runs."""
+
+    def __init__(self, notebook: str, profile: str):
+        self.notebook, self.profile = notebook, check_profile(profile)
+        self.reports = reports_dir(profile)
+        self.claims: list[dict] = []
+        self.scraps: dict = {}
+
+    def table(self, name: str, df, caption: str | None = None):
+        """Write a tidy table to `results/<name>.csv`; returns it styled: the cell's last line shows it."""
+        write_atomically(
+            self.reports / "results" / f"{name}.csv", df.to_csv(index=False, float_format="%.6g")
+        )
+        return _styled(df, caption)
+
+    def figure(self, name: str, fig, caption: str) -> None:
+        """Write a figure to `figures/<name>.png`, show it once with its caption, and close it."""
+        import matplotlib.pyplot as plt
+        from IPython.display import Image, Markdown, display
+
+        path = self.reports / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        fig.savefig(draft, format="png", dpi=150, bbox_inches="tight", facecolor="white")
+        plt.close(fig)
+        draft.replace(path)
+        display(Image(str(path), alt=caption), metadata={"figure": name})
+        display(Markdown(f"<small>{caption}</small>"))
+
+    def claim(
+        self,
+        id: str,
+        claim: str,
+        *,
+        statistic: str,
+        value: float,
+        ci_low: float | None,
+        ci_high: float | None,
+        seeds: int,
+        tasks: int,
+        verdict: str,
+        commit: str | None = None,
+    ) -> None:
+        """Record what was found about a claim; `commit` is the one that trained, if not the present one."""
+        if verdict not in VERDICTS:
+            raise ValueError(f"unknown verdict {verdict!r} for claim {id!r}; allowed: {', '.join(VERDICTS)}")
+        found = {"statistic": statistic, "value": value, "ci_low": ci_low, "ci_high": ci_high}
+        found |= {"seeds": seeds, "tasks": tasks, "verdict": verdict}
+        run = {"profile": self.profile, "device": device(), "commit": commit or current_commit()}
+        record = {"id": id, "claim": claim, **found, **run, "notebook": self.notebook}
+        self.claims = [old for old in self.claims if old["id"] != id] + [_plain(record)]
+        self.close()
+
+    def claims_table(self):
+        """The notebook's claims, styled: the cell's last line shows them."""
+        import pandas as pd
+
+        names = ("verdict", "claim", "statistic", "value [95 % interval]", "seeds", "tasks")
+        rows = [{name: claim.get(name, page.interval(claim)) for name in names} for claim in self.claims]
+        return _styled(pd.DataFrame(rows, columns=names), None)
+
+    def record(self, key: str, value) -> None:
+        """Record a number that tests assert, in `results/<notebook>.json`."""
+        self.scraps[key] = value
+        write_json(self.reports / "results" / f"{self.notebook}.json", self.scraps)
+
+    def close(self) -> None:
+        """Write the claims in place of those of an earlier run; each call of `claim` does so too."""
+        write_json(self.reports / "results" / "claims" / f"{self.notebook}.json", self.claims)
+        merge_claims(self.profile)
+
+
+def _styled(df, caption):
+    """A table for people: numbers with 3 to 4 decimals, no index."""
+    style = df.style.format(page.number).hide(axis="index")
+    numeric = [column for column in df.columns if df[column].dtype.kind in "iuf"]
+    style = style.set_table_styles({c: [{"selector": "", "props": "text-align: right"}] for c in numeric})
+    return style.set_caption(caption) if caption else style
+
+
+def merge_claims(profile: str) -> list[dict]:
+    """All notebooks' claims, in the order of the notebooks; also written to `claims.json`."""
+    reports = reports_dir(profile)
+    claims = [
+        c for path in sorted((reports / "results" / "claims").glob("*.json")) for c in _read_json(path, [])
+    ]
+    write_json(reports / "claims.json", claims)
+    return claims
+
+
+# ---------------------------------------------------------------------------------------- running notebooks
+
+
+@dataclasses.dataclass
+class Status:
+    """How the run of a notebook went."""
+
+    notebook: str
+    title: str
+    profile: str
+    status: str = "not run yet"  # or running, ok, failed
+    seconds: float | None = None
+    device: str = ""
+    commit: str = ""
+    finished: str = ""  # ISO time
+    error: str = ""
+    figure: str = ""  # name of the first figure, which the index shows
+
+    def path(self) -> Path:
+        return reports_dir(self.profile) / "results" / "status" / f"{self.notebook}.json"
+
+    def write(self) -> None:
+        write_json(self.path(), dataclasses.asdict(self))
+
+
+def read_status(path: Path, profile: str) -> Status:
+    """The last known status of a notebook."""
+    fresh = Status(path.stem, notebook_title(path), profile)
+    return Status(**(dataclasses.asdict(fresh) | _read_json(fresh.path(), {})))
+
+
+def run_notebook(path: Path, profile: str, parameters: dict | None = None) -> Status:
+    """Run one notebook and write its page, its status and the index; a failure is told by the status."""
+    parameters = {"profile": profile} | (parameters or {})
+    check_parameters(path, parameters)
+    executed = build_dir(profile) / path.name
+    status = Status(
+        path.stem, notebook_title(path), profile, "running", device=device(), commit=current_commit()
+    )
+    status.write()
+    build_index(profile)
+    executed.unlink(missing_ok=True)
+    (reports_dir(profile) / "results" / "claims" / f"{path.stem}.json").unlink(missing_ok=True)
+
+    start = time.monotonic()
+    status.status, status.error = "failed", "interrupted"
+    try:
+        execute(path, executed, parameters)
+        status.status, status.error = "ok", ""
+    except Exception as error:
+        status.error = error_message(error)
+    finally:  # also when interrupted
+        status.seconds = round(time.monotonic() - start, 1)
+        status.finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        merge_claims(profile)
+        render(path, status)
+        build_index(profile)
+    return status
+
+
+def render(path: Path, status: Status) -> None:
+    """Write a notebook's page from its executed copy (without one, from its source), then its status."""
+    executed = build_dir(status.profile) / path.name
+    nb = read_notebook(executed if executed.exists() else path)
+    outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
+    status.figure = next((o.metadata["figure"] for o in outputs if "figure" in o.get("metadata", {})), "")
+    render_page(nb, reports_dir(status.profile) / f"{path.stem}.html", status)
+    status.write()
+
+
+def render_page(executed_nb, html_path: Path, status: Status) -> None:
+    """Write an executed notebook as one HTML file that opens without a network."""
+    names = [path.stem for path in notebook_paths()]
+    at = names.index(status.notebook) if status.notebook in names else 0
+    html = page.notebook_html(
+        executed_nb,
+        dataclasses.asdict(status),
+        folder=root() / "notebooks",
+        previous=names[at - 1] if at > 0 else None,
+        next=names[at + 1] if at + 1 < len(names) else None,
+    )
+    write_atomically(html_path, html)
+
+
+def build_index(profile: str) -> None:
+    """Write `index.html` from whatever results there are."""
+    reports = reports_dir(profile)
+    notebooks = []
+    for path in notebook_paths():
+        status = read_status(path, profile)
+        notebooks.append(dataclasses.asdict(status) | {"page": (reports / f"{path.stem}.html").exists()})
+    claims = _read_json(reports / "claims.json", [])
+    write_atomically(reports / "index.html", page.index_html(profile, claims, notebooks, reports / "figures"))
+
+
+# -------------------------------------------------------------------------------------------- the whole thing
+
+
+@contextlib.contextmanager
+def lock(profile: str):
+    """One writer at a time for the reports of a profile; a second one gets an error that says so."""
+    import fcntl
+
+    path = build_dir(profile) / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ReportError(
+                f"process {file.read().strip() or '?'} is writing the {profile} reports: wait for it to end"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        for notebook in notebook_paths():  # nobody else runs now: what is `running` was cut off
+            status = read_status(notebook, profile)
+            if status.status == "running":
+                dataclasses.replace(status, status="failed", error="interrupted").write()
+        yield
+
+
+def select_notebooks(only: list[str] | tuple[str, ...] | None) -> list[Path]:
+    """The notebooks named by number (`03`), stem or file name; all of them without names."""
+    paths = notebook_paths()
+    if not paths:
+        raise ReportError(f"no numbered notebooks in {root() / 'notebooks'}")
+    chosen = []
+    for name in only or ():
+        found = [p for p in paths if Path(name).name in (p.stem, p.name, p.stem[:2])]
+        if not found:
+            raise ReportError(f"unknown notebook {name!r}; allowed: {', '.join(p.stem for p in paths)}")
+        chosen += found
+    return [path for path in paths if path in chosen] if only else paths
+
+
+def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None) -> int:
+    """Run the notebooks in order; returns how many failed, after naming them."""
+    check_profile(profile)
+    paths = select_notebooks(only)
+    for path in paths:
+        check_parameters(path, {"profile": profile})
+    usual = {path: read_status(path, profile).seconds for path in paths}
+    failed, took, start = [], [], time.monotonic()
+    with lock(profile):
+        for place, path in enumerate(paths, 1):
+            print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)
+            status = run_notebook(path, profile)
+            took.append(status.seconds)
+            left = sum(usual[p] or sum(took) / len(took) for p in paths[place:])
+            rest = f", about {page.duration(left)} left" if place < len(paths) else ""
+            print(
+                f"        {status.status} in {page.duration(status.seconds)}"
+                f" (elapsed {page.duration(time.monotonic() - start)}{rest})",
+                flush=True,
+            )
+            if status.status != "ok":
+                failed.append(path.stem)
+                print(f"        {status.error}", flush=True)
+    print(f"reports: {reports_dir(profile) / 'index.html'}")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return len(failed)
+
+
+def report(profile: str) -> int:
+    """Make the pages and the index again from the executed notebooks, without running anything."""
+    count = 0
+    with lock(profile):
+        for path in notebook_paths():
+            if (build_dir(profile) / path.name).exists():
+                render(path, read_status(path, profile))
+                count += 1
+        merge_claims(profile)
+        build_index(profile)
+    return count

@@ -1,0 +1,111 @@
+"""The figures say what the data says, in the colours fixed for each family."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from projectable import plotting
+
+LOSSES = pd.DataFrame(
+    [
+        {"arm": arm, "d_s": size, "seed": seed, "loss": loss + seed * 0.01 - size / 100}
+        for arm, loss in (("projected_linear", 1.8), ("universal_film", 1.9), ("universal_adaln", 1.95))
+        for size in (8, 16, 32)
+        for seed in range(3)
+    ]
+)
+
+
+def test_colours_belong_to_families():
+    assert plotting.colour("projected_linear") == plotting.colour("projected")
+    assert plotting.colour("universal − projected") == plotting.colour("universal")
+    assert plotting.colour("trained bank") == plotting.colour("control")
+    assert plotting.colour("something else") == plotting.OTHER
+    main = [
+        plotting.colour(name)
+        for name in ("projected", "universal", "specialist", "source", "mixture", "pca", "bank")
+    ]
+    assert len(set(main)) == len(main)
+
+
+def test_arms_of_one_family_differ():
+    looks = plotting.looks(["universal_film", "universal_adaln", "projected"])
+    assert looks["universal_film"]["color"] == looks["universal_adaln"]["color"]
+    assert looks["universal_film"]["linestyle"] != looks["universal_adaln"]["linestyle"]
+    assert looks["projected"]["linestyle"] == "-"
+
+
+def test_t_interval_against_hand_computation():
+    # mean 2, s = 1, n = 3: half = 4.30265 / sqrt(3)
+    mean, low, high = plotting.t_interval([1.0, 2.0, 3.0])
+    assert mean == pytest.approx(2.0)
+    assert (low, high) == (pytest.approx(2 - 2.48414, abs=1e-4), pytest.approx(2 + 2.48414, abs=1e-4))
+    assert np.isnan(plotting.t_interval([1.0])[1])
+
+
+def test_loss_against_size_draws_means_and_every_seed():
+    (ax,) = plotting.loss_against_size(LOSSES, source=1.5).axes
+    bars = {c.get_label(): c.lines[0] for c in ax.containers}
+    np.testing.assert_allclose(bars["projected linear"].get_ydata(), [1.73, 1.65, 1.49])
+    assert to_hex(bars["projected linear"].get_color()).upper() == plotting.FAMILIES["projected"]
+    assert (
+        sum(len(line.get_ydata()) for line in ax.lines if line.get_marker() == "o" and line.get_alpha()) == 27
+    )
+    assert ax.get_xscale() == "log" and ax.get_ylabel() == "test loss (nats per token)"
+    assert [t.get_text() for t in ax.get_legend().get_texts()].count("source (large)") == 1
+
+
+def test_gap_takes_the_intervals_it_is_given():
+    gaps = LOSSES.rename(columns={"arm": "comparison", "loss": "gap"})
+    gaps = gaps[gaps["comparison"] == "universal_film"]
+    summary = pd.DataFrame(
+        {"comparison": "universal_film", "d_s": [8, 16, 32], "mean": [3, 2, 1], "ci_low": 0.5, "ci_high": 4}
+    )
+    (ax,) = plotting.gap_against_size(gaps, summary).axes
+    np.testing.assert_allclose(ax.containers[0].lines[0].get_ydata(), [3, 2, 1])
+    (segments,) = ax.containers[0].lines[2]
+    np.testing.assert_allclose(segments.get_segments()[0][:, 1], [0.5, 4])
+
+
+def test_sweep_marks_the_best_and_tells_an_edge():
+    rates = [1e-3, 1e-2, 1e-1]
+    df = pd.concat(
+        pd.DataFrame({"arm": arm, "d_s": 8, "lr": rates, "val_loss": losses})
+        for arm, losses in (("projected", [2, 1, 3]), ("universal", [3, 2, 1]))
+    )
+    (ax,) = plotting.sweep_curves(df).axes
+    marks = {line.get_marker(): float(line.get_xdata()[0]) for line in ax.lines if len(line.get_xdata()) == 1}
+    assert marks == {"o": 1e-2, "X": 1e-1}
+
+
+def test_waterfall_writes_the_changes():
+    df = pd.DataFrame({"label": ["universal", "bank", "maps"], "loss": [2.0, 1.9, 1.95]})
+    (ax,) = plotting.waterfall(df).axes
+    assert [t.get_text() for t in ax.texts] == ["2.000", "-0.100", "+0.050"]
+
+
+def test_matrix_writes_its_numbers_and_labels():
+    ax = plotting.matrix(pd.DataFrame([[1.0, 2.0]], index=["r"], columns=["a", "b"]), label="loss").axes[0]
+    assert [t.get_text() for t in ax.texts] == ["1.00", "2.00"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b"]
+
+
+def test_image_grid_places_images():
+    images = np.zeros((2, 3, 4, 4))
+    images[1, 2] = 0.5
+    sheet = plotting.image_grid(images, ["a", "b"]).axes[0].images[0].get_array()
+    assert sheet.shape == (9, 14)
+    assert (np.asarray(sheet[-4:, -4:]) == 0.5).all() and (np.asarray(sheet[:4, :4]) == 0).all()
+
+
+@pytest.mark.parametrize("columns", [[], ["arm"], ["arm", "d_s"], ["arm", "d_s", "split"]])
+def test_learning_curves_take_the_columns_there_are(columns):
+    df = pd.DataFrame({"step": [0, 1] * 4, "loss": range(8), "seed": 0})
+    df = df.assign(arm=["a"] * 4 + ["b"] * 4, d_s=[8, 8, 16, 16] * 2, split="train")[
+        ["step", "loss", *columns]
+    ]
+    fig = plotting.learning_curves(df)
+    assert isinstance(fig, Figure) and len(fig.axes) == (2 if "d_s" in columns else 1)
+    assert len(fig.axes[0].lines) == (2 if "arm" in columns else 1)

@@ -1,0 +1,294 @@
+"""Notebooks become pages that open offline; failures, mistakes and claims end where a reader sees them."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from projectable import __main__, page, reporting
+from projectable.reporting import Report, ReportError, Status
+
+TEXT = r"""# A question?
+
+Loss $L = \lambda \mathrm{CE}(M_1; x, t)$, but `$HOME and $PATH` is code.
+
+$$\sqrt{\tfrac{d}{d_s}} P^\top W$$
+
+\begin{align*} a &= b \\ c &= d \end{align*}
+
+| weight | size |
+|---|---|
+| $W_Q$ | 3 |
+"""
+
+FINDINGS = """
+import sys
+import pandas as pd
+from matplotlib.figure import Figure
+from projectable.reporting import Report
+report = Report("00_good", profile)
+figure = Figure(); figure.subplots().plot([1, 2])
+report.figure("curve", figure, "A line.")
+report.claim("c1", "Small is <beautiful>", statistic="gap", value=0.5, ci_low=0.4, ci_high=0.6,
+             seeds=seeds, tasks=10, verdict="reproduced", commit="abc1234")
+report.record("gap", 0.5)
+print("10 %\\r20 %\\r100 %", file=sys.stderr)
+report.table("numbers", pd.DataFrame({"arm": ["a"], "loss": [1.23456]}), "Numbers")
+"""
+
+
+def write_notebook(
+    folder: Path, name: str, *code: str, text: str = TEXT, parameters='profile = "laptop"\nseeds = 5'
+):
+    cells = [new_markdown_cell(text), new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    nb = new_notebook(cells=cells + [new_code_cell(source) for source in code])
+    folder.joinpath("notebooks").mkdir(exist_ok=True)
+    nbformat.write(nb, folder / "notebooks" / f"{name}.ipynb")
+    return folder / "notebooks" / f"{name}.ipynb"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project without notebooks, which the package takes for its own."""
+    monkeypatch.setenv("PROJECTABLE_ROOT", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(Path(reporting.__file__).parents[1]))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A project after `reproduce`: a notebook that works, one that fails, one that works after it."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROJECTABLE_ROOT", str(folder))
+        patch.setenv("PYTHONPATH", str(Path(reporting.__file__).parents[1]))
+        write_notebook(folder, "00_good", FINDINGS)
+        write_notebook(folder, "01_bad", 'raise RuntimeError("no \\x1b[31m<luck>\\x1b[0m")', text="# Bad one")
+        write_notebook(folder, "02_last", 'print("still here")', text="# Last one")
+        result = CliRunner().invoke(__main__.cli, ["reproduce", "--profile", "smoke"])
+    return folder / "reports" / "smoke", result
+
+
+class Addresses(HTMLParser):
+    """Collects what a browser would load: src of anything, href of all but anchors, addresses in styles."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.loaded, self.tags, self.folded, self.depth = [], [], [], 0
+        self.feed(html)
+        self.loaded += re.findall(r"@import\s*[\"']?([^\"';]+)|url\(\s*[\"']?([^\"')]+)", html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.depth += tag == "details"
+        for name, value in attributes:
+            if name in ("src", "srcset", "data", "poster", "background") or (name == "href" and tag != "a"):
+                self.loaded.append(value)
+
+    def handle_endtag(self, tag):
+        self.depth -= tag == "details"
+
+    def handle_data(self, text):
+        if self.depth:
+            self.folded.append(text)
+
+
+def test_reproduce_goes_on_after_a_failure_and_names_it(ran):
+    reports, result = ran
+    assert result.exit_code == 1
+    assert "failed: 01_bad" in result.output
+    states = [
+        json.loads(p.read_text())["status"] for p in sorted((reports / "results" / "status").glob("*.json"))
+    ]
+    assert states == ["ok", "failed", "ok"]
+    assert not list(reports.rglob(".*")), "drafts of atomic writes were left"
+
+
+def test_smoke_run_leaves_the_reference_reports_alone(ran):
+    reports, _ = ran
+    assert [p.name for p in reports.parent.iterdir()] == ["smoke"]
+
+
+def test_pages_load_nothing_and_run_nothing(ran):
+    reports, _ = ran
+    pages = sorted(reports.glob("*.html"))
+    assert [p.stem for p in pages] == ["00_good", "01_bad", "02_last", "index"]
+    for path in pages:
+        found = Addresses(path.read_text())
+        assert [a for a in found.loaded if not str(a).startswith("data:")] == []
+        assert not {"script", "link", "iframe", "object"} & set(found.tags)
+        assert "http" not in path.read_text()
+
+
+def test_maths_is_mathml_and_code_is_folded_and_left_alone(ran):
+    reports, _ = ran
+    html = (reports / "00_good.html").read_text()
+    found, folded = Addresses(html), "".join(Addresses(html).folded)
+    assert found.tags.count("math") == 4
+    assert "<code>$HOME and $PATH</code>" in html
+    assert "$L" not in html and "begin{align" not in html
+    assert "report.record" in folded.replace("\n", "")
+    assert "seeds = 5" in folded and "parameters of this run" in folded
+    assert "<pre>100 %\n</pre>" in html  # the last state of the progress bar
+
+
+def test_figure_is_shown_once_with_its_caption(ran):
+    reports, _ = ran
+    html = (reports / "00_good.html").read_text()
+    assert html.count("<img") == 1
+    assert 'alt="A line."' in html and "<small>A line.</small>" in html
+    assert (reports / "figures" / "curve.png").stat().st_size > 1000
+
+
+def test_page_of_a_failing_notebook_shows_the_error_at_the_top(ran):
+    reports, _ = ran
+    html = (reports / "01_bad.html").read_text()
+    assert "RuntimeError: no &lt;luck&gt;" in html[: html.index("<main>")]
+    assert "\x1b" not in html
+    assert (
+        json.loads((reports / "results/status/01_bad.json").read_text())["error"] == "RuntimeError: no <luck>"
+    )
+
+
+def test_results_are_data(ran):
+    reports, _ = ran
+    assert (reports / "results/numbers.csv").read_text() == "arm,loss\na,1.23456\n"
+    assert json.loads((reports / "results/00_good.json").read_text()) == {"gap": 0.5}
+    (claim,) = json.loads((reports / "claims.json").read_text())
+    assert claim["notebook"] == "00_good" and claim["profile"] == "smoke" and claim["commit"] == "abc1234"
+    assert claim["device"].startswith(("cpu", "cuda"))
+
+
+def test_index_lists_claims_and_notebooks(ran):
+    reports, _ = ran
+    html = (reports / "index.html").read_text()
+    assert "not a numerical reproduction" in html
+    assert "Small is &lt;beautiful&gt;" in html and "0.50 [0.40, 0.60]" in html
+    assert '<span class="badge reproduced">reproduced</span>' in html
+    assert all(f'href="{name}.html"' in html for name in ("00_good", "01_bad", "02_last"))
+    assert html.count("<img") == 1  # the claim's thumbnail
+
+
+def test_index_without_results_and_while_running(project):
+    write_notebook(project, "00_later", text="# Later")
+    write_notebook(project, "01_now", text="# Now")
+    Status("01_now", "Now", "laptop", "running").write()
+    reporting.build_index("laptop")
+    html = (project / "reports/index.html").read_text()
+    assert "not run yet" in html and ">running</span>" in html and "No claim is recorded yet" in html
+    assert "00_later.html" not in html
+
+
+def test_unknown_names_are_errors_that_list_the_allowed(project):
+    path = write_notebook(project, "00_a")
+    with pytest.raises(ReportError, match="unknown parameter sedes; allowed: profile, seeds"):
+        reporting.run_notebook(path, "laptop", {"sedes": 3})
+    with pytest.raises(ReportError, match="unknown profile 'laptpo'; allowed: smoke, laptop, gpu"):
+        reporting.reproduce("laptpo")
+    with pytest.raises(ReportError, match="unknown notebook '7'; allowed: 00_a"):
+        reporting.reproduce("laptop", ["7"])
+    assert not (project / "reports").exists()
+
+
+def test_command_line_tells_a_mistake_in_one_line(project, monkeypatch, capsys):
+    write_notebook(project, "00_a")
+    monkeypatch.setattr("sys.argv", ["projectable", "reproduce", "--profile", "huge"])
+    with pytest.raises(SystemExit, match="^error: unknown profile 'huge'; allowed: smoke, laptop, gpu$"):
+        __main__.main()
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_exactly_one_cell_is_tagged_parameters(project, count):
+    cells = [new_code_cell("a = 1", metadata={"tags": ["parameters"]}) for _ in range(count)]
+    path = project / "00_x.ipynb"
+    nbformat.write(new_notebook(cells=cells), path)
+    with pytest.raises(ReportError, match=f"exactly one cell tagged `parameters`, has {count}"):
+        reporting.check_parameters(path, {})
+
+
+def test_claims_merge_in_order_and_a_rerun_replaces(project):
+    def claim(report, id, verdict="inconclusive", value=1.0):
+        report.claim(
+            id,
+            id,
+            statistic="s",
+            value=value,
+            ci_low=None,
+            ci_high=None,
+            seeds=5,
+            tasks=3,
+            verdict=verdict,
+            commit="c",
+        )
+
+    second, first = Report("01_b", "laptop"), Report("00_a", "laptop")
+    claim(second, "z")
+    claim(first, "y")
+    claim(first, "x", value=np.float32("nan"))
+    read = lambda: json.loads((project / "reports/claims.json").read_text())  # noqa: E731
+    assert [c["id"] for c in read()] == ["y", "x", "z"]
+    assert read()[1]["value"] is None
+    claim(Report("00_a", "laptop"), "y", "reproduced")
+    assert [(c["id"], c["verdict"]) for c in read()] == [("y", "reproduced"), ("z", "inconclusive")]
+    with pytest.raises(ValueError, match="'confirmed'.*allowed: reproduced, not reproduced, inconclusive"):
+        claim(first, "w", "confirmed")
+    assert len(first.claims_table().data) == 2
+
+
+def test_second_reproduce_is_refused_while_the_first_runs(project):
+    write_notebook(project, "00_a")
+    Status("00_a", "A", "smoke", "running").write()
+    with reporting.lock("smoke"):
+        assert reporting.read_status(reporting.notebook_paths()[0], "smoke").error == "interrupted"
+        with pytest.raises(ReportError, match=r"process \d+ is writing the smoke reports"):
+            reporting.reproduce("smoke")
+    with reporting.lock("smoke"):
+        pass  # free again
+
+
+def test_report_renders_again_without_running(project):
+    path = write_notebook(project, "00_a", text="# A", parameters="profile = 'laptop'")
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[1].outputs = [new_output("stream", name="stdout", text="from the build\n")]
+    (project / "build/laptop").mkdir(parents=True)
+    nbformat.write(nb, project / "build/laptop/00_a.ipynb")
+    assert reporting.report("laptop") == 1
+    assert "from the build" in (project / "reports/00_a.html").read_text()
+
+
+def test_html_that_markdown_mixes_in_stays_whole():
+    nb = new_notebook(cells=[new_markdown_cell("a <small>b</small> c\n\n<details>\n\n*d*\n\n</details>")])
+    status = {"seconds": 1.0, "profile": "laptop", "device": "", "commit": "", "finished": "", "title": "t"}
+    html = page.notebook_html(nb, status | {"notebook": "n", "status": "ok", "error": ""}, Path("."))
+    assert "a <small>b</small> c" in html and re.search(r"<details>\s*<p><em>d</em></p>\s*</details>", html)
+
+
+def test_formula_that_cannot_be_converted_is_shown_as_code():
+    assert page.mathml(r"\left( <a", "inline") == r"<code>\left( &lt;a</code>"
+
+
+def test_numbers_for_people():
+    shown = {0.123456: "0.1235", 12.3456: "12.346", 2e-5: "2.00e-05", 7: "7", 12345.6: "12,345.6", None: "–"}
+    assert {value: page.number(value) for value in shown} == shown
+    assert page.number(float("nan")) == "–" and page.number(True) == "True"
+    assert [page.duration(s) for s in (None, 8, 200, 3900)] == ["", "8 s", "3 min 20 s", "1 h 05 min"]
+    claim = {"value": 3.21, "ci_low": 3.0, "ci_high": 3.4}
+    assert page.interval(claim) == "3.21 [3.00, 3.40]"
+    assert page.interval(claim | {"ci_low": None}) == "3.2100"
+
+
+def test_progress_bars_keep_their_last_state():
+    assert page.last_states("a\rb\rc\nd\r\ne") == "c\nd\ne"
+
+
+def test_table_is_shown_with_few_decimals(project):
+    html = Report("00_a", "laptop").table("t", pd.DataFrame({"n": [3], "x": [1.23456789]})).to_html()
+    assert "1.2346" in html and ">3<" in html
+    assert (project / "reports/results/t.csv").read_text() == "n,x\n3,1.23457\n"
