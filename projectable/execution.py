@@ -47,9 +47,7 @@ def check_parameters(path: Path, parameters: dict) -> None:
         assigned += [target.id for target in targets if isinstance(target, ast.Name)]
     unknown = [name for name in parameters if name not in assigned]
     if unknown:
-        raise ReportError(
-            f"{path.name}: unknown parameter {', '.join(unknown)}; allowed: {', '.join(assigned)}"
-        )
+        raise ReportError(f"{path.name}: unknown parameter {', '.join(unknown)}; allowed: {', '.join(assigned)}")
 
 
 class _Echo:

@@ -16,7 +16,6 @@ import datetime
 import json
 import math
 import os
-import subprocess
 import time
 from pathlib import Path
 
@@ -29,17 +28,13 @@ from projectable.execution import (
     notebook_title,
     read_notebook,
 )
+from projectable.storage import current_commit, device, root, write_atomically
 
 PROFILES = ("smoke", "laptop", "gpu")
 VERDICTS = ("reproduced", "not reproduced", "inconclusive")
 
 
 # ---------------------------------------------------------------------------------------------------- places
-
-
-def root() -> Path:
-    """The project's folder: PROJECTABLE_ROOT, or the folder that holds the package."""
-    return Path(os.environ.get("PROJECTABLE_ROOT") or Path(__file__).resolve().parent.parent)
 
 
 def check_profile(profile: str) -> str:
@@ -68,14 +63,6 @@ def notebook_paths() -> list[Path]:
 # ------------------------------------------------------------------------------------------------ small parts
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
-    draft.replace(path)
-
-
 def write_json(path: Path, value) -> None:
     """Write a value as readable JSON, atomically; NaN becomes null, a numpy number a plain one."""
     write_atomically(path, json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -96,33 +83,6 @@ def _read_json(path: Path, default):
     return json.loads(path.read_text()) if path.exists() else default
 
 
-def device() -> str:
-    """What computes here, in words."""
-    import torch
-
-    return (
-        f"cuda: {torch.cuda.get_device_name()}"
-        if torch.cuda.is_available()
-        else f"cpu: {os.cpu_count()} cores"
-    )
-
-
-def current_commit() -> str:
-    """The commit of the working tree, with a `+` where package or notebooks differ from it."""
-
-    def git(*words):
-        return subprocess.run(
-            ["git", *words], cwd=root(), capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + (
-            "+" if git("status", "--porcelain", "--", "projectable", "notebooks") else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 # ------------------------------------------------------------------------------------------ inside a notebook
 
 
@@ -137,9 +97,7 @@ class Report:
 
     def table(self, name: str, df, caption: str | None = None):
         """Write a tidy table to `results/<name>.csv`; returns it styled: the cell's last line shows it."""
-        write_atomically(
-            self.reports / "results" / f"{name}.csv", df.to_csv(index=False, float_format="%.6g")
-        )
+        write_atomically(self.reports / "results" / f"{name}.csv", df.to_csv(index=False, float_format="%.6g"))
         return _styled(df, caption)
 
     def figure(self, name: str, fig, caption: str) -> None:
@@ -210,9 +168,7 @@ def _styled(df, caption):
 def merge_claims(profile: str) -> list[dict]:
     """All notebooks' claims, in the order of the notebooks; also written to `claims.json`."""
     reports = reports_dir(profile)
-    claims = [
-        c for path in sorted((reports / "results" / "claims").glob("*.json")) for c in _read_json(path, [])
-    ]
+    claims = [c for path in sorted((reports / "results" / "claims").glob("*.json")) for c in _read_json(path, [])]
     write_json(reports / "claims.json", claims)
     return claims
 
@@ -253,9 +209,7 @@ def run_notebook(path: Path, profile: str, parameters: dict | None = None) -> St
     parameters = {"profile": profile} | (parameters or {})
     check_parameters(path, parameters)
     executed = build_dir(profile) / path.name
-    status = Status(
-        path.stem, notebook_title(path), profile, "running", device=device(), commit=current_commit()
-    )
+    status = Status(path.stem, notebook_title(path), profile, "running", device=device(), commit=current_commit())
     status.write()
     build_index(profile)
     executed.unlink(missing_ok=True)

@@ -24,8 +24,7 @@ def test_colours_belong_to_families():
     assert plotting.colour("trained bank") == plotting.colour("control")
     assert plotting.colour("something else") == plotting.OTHER
     main = [
-        plotting.colour(name)
-        for name in ("projected", "universal", "specialist", "source", "mixture", "pca", "bank")
+        plotting.colour(name) for name in ("projected", "universal", "specialist", "source", "mixture", "pca", "bank")
     ]
     assert len(set(main)) == len(main)
 
@@ -50,9 +49,7 @@ def test_loss_against_size_draws_means_and_every_seed():
     bars = {c.get_label(): c.lines[0] for c in ax.containers}
     np.testing.assert_allclose(bars["projected linear"].get_ydata(), [1.73, 1.65, 1.49])
     assert to_hex(bars["projected linear"].get_color()).upper() == plotting.FAMILIES["projected"]
-    assert (
-        sum(len(line.get_ydata()) for line in ax.lines if line.get_marker() == "o" and line.get_alpha()) == 27
-    )
+    assert sum(len(line.get_ydata()) for line in ax.lines if line.get_marker() == "o" and line.get_alpha()) == 27
     assert ax.get_xscale() == "log" and ax.get_ylabel() == "test loss (nats per token)"
     assert [t.get_text() for t in ax.get_legend().get_texts()].count("source (large)") == 1
 
@@ -103,9 +100,7 @@ def test_image_grid_places_images():
 @pytest.mark.parametrize("columns", [[], ["arm"], ["arm", "d_s"], ["arm", "d_s", "split"]])
 def test_learning_curves_take_the_columns_there_are(columns):
     df = pd.DataFrame({"step": [0, 1] * 4, "loss": range(8), "seed": 0})
-    df = df.assign(arm=["a"] * 4 + ["b"] * 4, d_s=[8, 8, 16, 16] * 2, split="train")[
-        ["step", "loss", *columns]
-    ]
+    df = df.assign(arm=["a"] * 4 + ["b"] * 4, d_s=[8, 8, 16, 16] * 2, split="train")[["step", "loss", *columns]]
     fig = plotting.learning_curves(df)
     assert isinstance(fig, Figure) and len(fig.axes) == (2 if "d_s" in columns else 1)
     assert len(fig.axes[0].lines) == (2 if "arm" in columns else 1)

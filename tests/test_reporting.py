@@ -44,9 +44,7 @@ report.table("numbers", pd.DataFrame({"arm": ["a"], "loss": [1.23456]}), "Number
 """
 
 
-def write_notebook(
-    folder: Path, name: str, *code: str, text: str = TEXT, parameters='profile = "laptop"\nseeds = 5'
-):
+def write_notebook(folder: Path, name: str, *code: str, text: str = TEXT, parameters='profile = "laptop"\nseeds = 5'):
     cells = [new_markdown_cell(text), new_code_cell(parameters, metadata={"tags": ["parameters"]})]
     nb = new_notebook(cells=cells + [new_code_cell(source) for source in code])
     folder.joinpath("notebooks").mkdir(exist_ok=True)
@@ -104,9 +102,7 @@ def test_reproduce_goes_on_after_a_failure_and_names_it(ran):
     reports, result = ran
     assert result.exit_code == 1
     assert "failed: 01_bad" in result.output
-    states = [
-        json.loads(p.read_text())["status"] for p in sorted((reports / "results" / "status").glob("*.json"))
-    ]
+    states = [json.loads(p.read_text())["status"] for p in sorted((reports / "results" / "status").glob("*.json"))]
     assert states == ["ok", "failed", "ok"]
     assert not list(reports.rglob(".*")), "drafts of atomic writes were left"
 
@@ -152,9 +148,7 @@ def test_page_of_a_failing_notebook_shows_the_error_at_the_top(ran):
     html = (reports / "01_bad.html").read_text()
     assert "RuntimeError: no &lt;luck&gt;" in html[: html.index("<main>")]
     assert "\x1b" not in html
-    assert (
-        json.loads((reports / "results/status/01_bad.json").read_text())["error"] == "RuntimeError: no <luck>"
-    )
+    assert json.loads((reports / "results/status/01_bad.json").read_text())["error"] == "RuntimeError: no <luck>"
 
 
 def test_results_are_data(ran):

@@ -134,9 +134,7 @@ def _css() -> str:
     """Our style sheet, with the colours of code for light and for dark screens."""
     from pygments.formatters import HtmlFormatter
 
-    light, dark = (
-        HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark")
-    )
+    light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
     # Ours comes last: it decides about backgrounds.
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{(HERE / 'style.css').read_text()}"
 
@@ -176,9 +174,7 @@ def _tidy(nb):
     return nb
 
 
-def notebook_html(
-    nb, status: dict, folder: Path, previous: str | None = None, next: str | None = None
-) -> str:
+def notebook_html(nb, status: dict, folder: Path, previous: str | None = None, next: str | None = None) -> str:
     """The page of an executed notebook; `folder` is where its markdown's pictures are looked up."""
     facts = [
         duration(status["seconds"]),

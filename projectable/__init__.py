@@ -1,0 +1,1 @@
+"""One-shot generation of small specialised Transformers from a large one."""

@@ -1,0 +1,139 @@
+"""Universal conditional models (rivals; and the source is one, too) and specialists.
+
+Whatever a universal model is told of its task ends up in its weights: a shift of the positions, FiLM and AdaLN as
+scaled rows and a bias of the weights that read the stream, AdaLN's gates as scaled columns of those that write to
+it. So each is deployed for one task as a plain Transformer, and trained through the one forward pass.
+
+Every model of this package offers `members`, `weights(member, task_ids)`, `losses(task_ids, tokens)` and
+`groups()`; the training loop knows nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .transformer import Shape, Weights, forward, initial_weights, task_losses
+
+CONDITIONINGS = ("none", "token", "additive", "film", "adaln")
+
+
+class Model(nn.Module):
+    """The contract of everything that is trained. A member is a Transformer with a loss, e.g. "source" or "d8"."""
+
+    members: tuple[str, ...]
+    shape: Shape
+
+    def weights(self, member: str, task_ids: Tensor) -> Weights:
+        """The Transformer weights of that member for tasks (T,), with or without a leading task axis."""
+        raise NotImplementedError
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trained parameters by member: each group has its own learning rate and its own clipping."""
+        (member,) = self.members
+        return {member: [p for p in self.parameters() if p.requires_grad]}
+
+    def losses(self, task_ids: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """Nats per token of every member on its tasks: {member: (T,)}; tokens (T, B, N)."""
+        return {m: task_losses(self.weights(m, task_ids), tokens, self.shape.d_head) for m in self.members}
+
+
+class Universal(Model):
+    """One Transformer for all tasks, told the task by `conditioning`: none, token, additive, film or adaln.
+
+    token: c(t) is added to the start of the sequence only; additive: to every position; film: the normalised
+    stream is scaled and shifted before every read; adaln: AdaLN-Zero, scale, shift and a gate on every write, from
+    an embedding of the task. All task terms start at zero, AdaLN-Zero's gates too.
+    """
+
+    def __init__(self, shape: Shape, n_tasks: int, conditioning: str = "additive", member: str | None = None):
+        super().__init__()
+        if conditioning not in CONDITIONINGS:
+            raise ValueError(f"unknown conditioning {conditioning!r}; allowed: {', '.join(CONDITIONINGS)}")
+        self.shape, self.conditioning = shape, conditioning
+        self.members = (member or f"d{shape.d_model}",)
+        self.plain = nn.ParameterDict({k: nn.Parameter(w) for k, w in initial_weights(shape).items()})
+        layers, d = shape.n_layers, shape.d_model
+        if conditioning in ("token", "additive"):
+            self.task_embedding = nn.Parameter(torch.zeros(n_tasks, d))
+        elif conditioning == "film":
+            self.film = nn.Parameter(torch.zeros(n_tasks, 2, 2 * layers + 1, d))
+        elif conditioning == "adaln":
+            self.task_embedding = nn.Parameter(torch.randn(n_tasks, d))
+            self.modulation = nn.Parameter(torch.zeros(d, (6 * layers + 2) * d))
+
+    def plain_weights(self) -> Weights:
+        """The weights without any task term."""
+        return dict(self.plain.items())
+
+    def weights(self, member: str, task_ids: Tensor) -> Weights:
+        w, layers, d = self.plain_weights(), self.shape.n_layers, self.shape.d_model
+        if self.conditioning == "token":
+            w["positions"] = w["positions"] + F.pad(
+                self.task_embedding[task_ids].unsqueeze(1), (0, 0, 0, len(w["positions"]) - 1)
+            )
+        elif self.conditioning == "additive":
+            w["positions"] = w["positions"] + self.task_embedding[task_ids].unsqueeze(1)  # (T, N, d)
+        elif self.conditioning == "film":
+            scale, shift = self.film[task_ids].unbind(1)  # each (T, 2L+1, d)
+            w = modulated(w, 1 + scale, shift, layers)
+        elif self.conditioning == "adaln":
+            m = F.silu(self.task_embedding[task_ids]) @ self.modulation
+            m = m.view(len(task_ids), 6 * layers + 2, d)
+            scale, shift, gate = m.split([2 * layers + 1, 2 * layers + 1, 2 * layers], dim=1)
+            w = modulated(w, 1 + scale, shift, layers)
+            w["out"] = w["out"] * gate[:, :layers].unsqueeze(-2)
+            w["down"] = w["down"] * gate[:, layers:].unsqueeze(-2)
+        return w
+
+
+def modulated(w: Weights, scale: Tensor, shift: Tensor, layers: int) -> Weights:
+    """Weights that read scale ⊙ x + shift: (diag(scale) W, shift W). scale, shift (T, 2L+1, d)."""
+    w = dict(w)
+    reads = {"qkv": slice(0, layers), "up": slice(layers, 2 * layers), "head": 2 * layers}
+    for name, rows in reads.items():
+        w[f"{name}_bias"] = (shift[:, rows].unsqueeze(-2) @ w[name]).squeeze(-2)
+        w[name] = scale[:, rows].unsqueeze(-1) * w[name]
+    return w
+
+
+class Specialists(Model):
+    """One plain Transformer a task, trained side by side; from scratch, or from given weights of each task."""
+
+    def __init__(self, shape: Shape, n_tasks: int, start: Weights | None = None):
+        super().__init__()
+        self.shape = shape
+        self.members = (f"d{shape.d_model}",)
+        start = start or initial_weights(shape)
+        plain = {k: len(s) for k, s in shape.weight_shapes().items()}  # number of axes without the task axis
+        bias = {"qkv_bias": 2, "up_bias": 2, "head_bias": 1}
+        self.per_task = nn.ParameterDict()
+        for name, w in start.items():
+            w = w.detach()
+            if w.dim() == {**plain, **bias}[name]:
+                w = w.unsqueeze(0).repeat(n_tasks, *[1] * w.dim())
+            self.per_task[name] = nn.Parameter(w.clone())
+
+    def weights(self, member: str, task_ids: Tensor) -> Weights:
+        return {name: w[task_ids] for name, w in self.per_task.items()}
+
+
+class Distilled(Universal):
+    """A universal model that also learns to answer as the source does: half cross-entropy, half KL to the teacher."""
+
+    def __init__(self, shape: Shape, n_tasks: int, conditioning: str, teacher: Universal, share: float = 0.5):
+        super().__init__(shape, n_tasks, conditioning)
+        self.__dict__["teacher"] = teacher.requires_grad_(False)  # no submodule: it is neither trained nor saved here
+        self.share = share
+
+    def losses(self, task_ids: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        if not torch.is_grad_enabled():
+            return super().losses(task_ids, tokens)
+        (member,) = self.members
+        with torch.no_grad():
+            target = forward(self.teacher.weights("source", task_ids), tokens, self.shape.d_head).softmax(-1)
+        log_p = forward(self.weights(member, task_ids), tokens, self.shape.d_head).log_softmax(-1)  # (T, B, N, V)
+        hit = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        cross = (target * log_p).sum(-1)
+        return {member: -((1 - self.share) * hit + self.share * cross).mean((1, 2))}

@@ -1,0 +1,122 @@
+"""What a run is: everything that decides its numbers, in one frozen description.
+
+`Profile` fixes the setting that all arms of a comparison share; `RunConfig` is one training run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+
+from .transformer import Shape
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tasks: the arguments of `tasks.make_tasks`."""
+
+    dataset: str = "fashion"  # fashion, digits
+    tasks: str = "classes"  # classes, clustersK
+    vocab_size: int = 256  # codes of the codebook
+    patch: int = 4  # pixels
+    val_per_class: int = 600  # images held back for every choice
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run. `lr` goes with `sizes`; `start` is the run whose weights this one begins with."""
+
+    model: str  # universal, distilled, specialists, source, projectable
+    data: DataConfig
+    d_source: int
+    n_layers: int
+    sizes: tuple[int, ...]  # of the small models
+    lr: tuple[float, ...]  # one a size
+    steps: int
+    seed: int
+    source_lr: float = 0.0
+    tasks_per_step: int = 10
+    images_per_task: int = 4
+    warmup: int = 50  # steps
+    clip: float = 1.0  # gradient norm of a member
+    weight_decay: float = 0.0
+    eval_every: int = 200  # steps
+    val_images: int = 100  # of each task, at every evaluation
+    patience: int = 0  # evaluations without a better one; 0: never stop early
+    checkpoint_every: int = 200  # steps
+    options: tuple[tuple[str, object], ...] = ()  # further arguments of the model
+    start: RunConfig | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.lr) != len(self.sizes):
+            raise ValueError(
+                f"{len(self.lr)} learning rates for {len(self.sizes)} sizes {self.sizes}: one each is allowed"
+            )
+
+    def shape(self, length: int, d_model: int | None = None) -> Shape:
+        """The Transformer of that width (default: the source's) for sequences of `length` tokens."""
+        return Shape(d_model or self.d_source, self.n_layers, vocab_size=self.data.vocab_size, length=length)
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate by member."""
+        rates = {f"d{size}": lr for size, lr in zip(self.sizes, self.lr, strict=True)}
+        return rates | {"source": self.source_lr}
+
+    def key(self) -> str:
+        """A fingerprint of the description (12 hex digits)."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def with_(self, **changes) -> RunConfig:
+        """A copy with changes."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A setting: what every arm of a comparison shares."""
+
+    name: str
+    data: DataConfig
+    d_source: int
+    n_layers: int
+    sizes: tuple[int, ...]
+    source_steps: int  # of the source alone
+    joint_steps: int  # of source and projections together; rivals get both: equal examples
+    images_per_task: int
+    tasks_per_step: int
+    seeds: tuple[int, ...]
+    n_clusters: int
+    eval_every: int
+    val_images: int
+    source_lr: float = 1e-2
+
+
+PROFILES = {
+    "smoke": Profile(
+        "smoke",
+        DataConfig("digits", "classes", 32, 2, 20),
+        32,
+        2,
+        (8, 16, 24),
+        40,
+        40,
+        4,
+        10,
+        (0, 1),
+        16,
+        20,
+        20,
+    ),
+    "laptop": Profile("laptop", DataConfig(), 64, 2, (8, 16, 32), 400, 800, 4, 10, (0, 1, 2, 3, 4), 64, 200, 100),
+    "gpu": Profile(
+        "gpu", DataConfig(), 128, 3, (8, 16, 32, 64), 4000, 8000, 24, 10, (0, 1, 2, 3, 4), 64, 500, 600, 3e-3
+    ),
+}
+
+
+def get_profile(name: str) -> Profile:
+    """The profile of that name; raises ValueError naming the allowed ones."""
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}; allowed: {', '.join(PROFILES)}")
+    return PROFILES[name]

@@ -1,0 +1,112 @@
+"""Where we are, and files that are whole or not there: atomic writes, checksums (safetensors), locks. No pickles."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor
+
+
+class DamagedFile(RuntimeError):
+    """A file of ours is not what was written; the message names it and says what to do."""
+
+
+def root() -> Path:
+    """The project's folder: PROJECTABLE_ROOT, or the folder that holds the package."""
+    return Path(os.environ.get("PROJECTABLE_ROOT") or Path(__file__).resolve().parent.parent)
+
+
+def device() -> str:
+    """What computes here, in words."""
+    cuda = torch.cuda.is_available()
+    return f"cuda: {torch.cuda.get_device_name()}" if cuda else f"cpu: {os.cpu_count()} cores"
+
+
+def current_commit() -> str:
+    """The commit of the working tree, with a `+` where package or notebooks differ from it."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", "projectable", "notebooks") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    draft.replace(path)
+
+
+def _digest(tensors: dict[str, Tensor], about: str) -> str:
+    sha = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        sha.update(t.view(-1).view(torch.uint8).numpy() if t.numel() else b"")
+    return sha.hexdigest()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+    """Write tensors and a JSON-able description as one checksummed safetensors file, atomically."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    words = json.dumps(about, sort_keys=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, draft, {"about": words, "sha256": _digest(tensors, words)})
+    draft.replace(path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """What `save_tensors` wrote; raises DamagedFile where a bit of it has changed or a part is missing."""
+    advice = "delete it and run again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+        tensors = load_file(path)
+        words, expected = about["about"], about["sha256"]
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, KeyError, OSError, ValueError) as error:
+        raise DamagedFile(f"{path} is damaged ({type(error).__name__}: {error}): {advice}") from None
+    if _digest(tensors, words) != expected:
+        raise DamagedFile(f"{path} is damaged (its checksum differs): {advice}")
+    return tensors, json.loads(words)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of ours; raises DamagedFile where it is none."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DamagedFile(f"{path} is damaged ({error}): delete it and run again") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the lock file; wait for whoever holds it (calling `waiting` once). Freed when the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if waiting:
+                waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,117 @@
+"""Tasks as token sequences: which images belong to which task, split, encoded, and drawn in a fixed order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .codebook import Codebook
+from .images import Images, load_images
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Token sequences of T tasks. `tokens[split]` is a list of T tensors (n_t, N), int64."""
+
+    name: str
+    task_names: tuple[str, ...]
+    tokens: dict[str, list[Tensor]]
+    codebook: Codebook
+    licence: str = ""
+
+    @property
+    def n_tasks(self) -> int:
+        return len(self.task_names)
+
+    def task_id(self, task: str | int) -> int:
+        """The number of a task given by name or number; raises ValueError naming the allowed ones."""
+        names = [str(i) for i in range(self.n_tasks)]
+        for known in (self.task_names, names):
+            if str(task) in known:
+                return known.index(str(task))
+        raise ValueError(f"unknown task {task!r}; allowed: {', '.join(self.task_names)} (or 0 to {self.n_tasks - 1})")
+
+    def first(self, split: str, n: int) -> Tensor:
+        """The first n sequences of every task, (T, n, N); fewer where the smallest task has fewer."""
+        n = min(n, min(len(t) for t in self.tokens[split]))
+        return torch.stack([t[:n] for t in self.tokens[split]])
+
+    def draw(self, n_steps: int, tasks_per_step: int, per_task: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The whole order of training: task_ids (steps, T'), index (steps, T', B) into each task's images.
+
+        Tasks take turns; each task's images come in a new random order every time that it has been through.
+        A pure function of its arguments: a resumed run, and every arm of one seed, sees the same batches.
+        """
+        rng = np.random.default_rng([seed, 1])
+        n_tasks = self.n_tasks
+        tasks_per_step = min(tasks_per_step, n_tasks)
+        rounds = -(-n_steps * tasks_per_step // n_tasks)
+        turns = np.concatenate([rng.permutation(n_tasks) for _ in range(rounds)])
+        task_ids = np.sort(turns[: n_steps * tasks_per_step].reshape(n_steps, tasks_per_step), axis=1)
+        index = np.empty((n_steps, tasks_per_step, per_task), np.int64)
+        for task in range(n_tasks):
+            mine = np.nonzero(task_ids == task)
+            n_draws, n_images = len(mine[0]) * per_task, len(self.tokens["train"][task])
+            epochs = -(-n_draws // n_images) or 1
+            order = np.concatenate([rng.permutation(n_images) for _ in range(epochs)])[:n_draws]
+            index[mine] = order.reshape(-1, per_task)
+        return torch.from_numpy(task_ids), torch.from_numpy(index)
+
+    def batch(self, task_ids: Tensor, index: Tensor) -> Tensor:
+        """Training sequences (T', B, N) of the given tasks."""
+        return torch.stack([self.tokens["train"][t][i] for t, i in zip(task_ids.tolist(), index, strict=True)])
+
+
+def split_images(images: Images, val_per_class: int, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Training images less `val_per_class` of each class for validation; the test images as they are."""
+    x, y = images.train
+    rng = np.random.default_rng(seed)
+    val = np.zeros(len(x), bool)
+    for label in range(len(images.label_names)):
+        val[rng.permutation(np.nonzero(y == label)[0])[:val_per_class]] = True
+    return {"train": (x[~val], y[~val]), "val": (x[val], y[val]), "test": images.test}
+
+
+def cluster_labels(splits: dict[str, tuple[np.ndarray, np.ndarray]], n_clusters: int, seed: int = 0):
+    """Another definition of tasks: k-means clusters of PCA'd pixels, fitted on training images only."""
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+
+    flat = {name: x.reshape(len(x), -1) for name, (x, _) in splits.items()}
+    pca = PCA(32, random_state=seed).fit(flat["train"][:20_000])
+    kmeans = KMeans(n_clusters, n_init=1, max_iter=50, random_state=seed).fit(pca.transform(flat["train"][:20_000]))
+    return {name: kmeans.predict(pca.transform(x)).astype(np.int64) for name, x in flat.items()}
+
+
+def make_tasks(
+    dataset: str,
+    tasks: str = "classes",
+    vocab_size: int = 256,
+    patch: int = 4,
+    val_per_class: int = 600,
+    seed: int = 0,
+) -> TaskData:
+    """Tasks of an image set: `classes`, or `clustersK` (e.g. clusters64). The codebook sees training images only.
+
+    Raises ValueError naming the allowed values.
+    """
+    images = load_images(dataset)
+    splits = split_images(images, val_per_class, seed)
+    codebook = Codebook.fit(splits["train"][0][:10_000], patch, vocab_size, seed)
+    if tasks == "classes":
+        labels, names = {name: y for name, (_, y) in splits.items()}, images.label_names
+    elif tasks.startswith("clusters") and tasks[8:].isdigit():
+        n_tasks = int(tasks[8:])
+        labels, names = cluster_labels(splits, n_tasks, seed), tuple(f"cluster {i}" for i in range(n_tasks))
+    else:
+        raise ValueError(f"unknown tasks {tasks!r}; allowed: classes, clustersK with a number K (clusters64)")
+    tokens = {}
+    for split, (x, _) in splits.items():
+        encoded = torch.from_numpy(codebook.encode(x))
+        tokens[split] = [encoded[torch.from_numpy(labels[split] == t)] for t in range(len(names))]
+    return TaskData(f"{dataset}/{tasks}", names, tokens, codebook, images.licence)

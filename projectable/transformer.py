@@ -1,0 +1,245 @@
+"""The one Transformer of this package; its weights are an argument.
+
+What is notable:
+
+- `forward(weights, tokens)` serves the source, the projected and the universal models. Any weight may carry
+  a leading task axis (T, ...); products are then batched over tasks, and one call trains all tasks of a step.
+- Pre-RMSNorm blocks, no gains in the forward pass: a gain γ multiplies the rows of the weight that reads the
+  normalised stream, diag(γ)W, so whoever makes the weights folds it in. The same holds for FiLM and AdaLN.
+- No biases, unless the maker of the weights adds them (`*_bias`: a folded shift, from FiLM or AdaLN).
+- Position 0 has no token: its position embedding is the start of the sequence. Row i predicts token i.
+- The loss never keeps the logits: `head_loss` computes loss and gradient in one pass, block by block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+EPS = 1e-6  # of RMSNorm
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Transformer. `d_model` must be a multiple of `d_head`: a small model has fewer heads."""
+
+    d_model: int
+    n_layers: int = 2
+    d_head: int = 8
+    mlp_ratio: int = 4
+    vocab_size: int = 256
+    length: int = 49  # tokens of an image
+
+    def __post_init__(self) -> None:
+        if self.d_model <= 0 or self.d_model % self.d_head:
+            allowed = ", ".join(str(self.d_head * i) for i in range(1, 5))
+            raise ValueError(f"d_model={self.d_model} is no multiple of d_head={self.d_head}; allowed: {allowed}, …")
+
+    @property
+    def n_heads(self) -> int:
+        return self.d_model // self.d_head
+
+    @property
+    def d_mlp(self) -> int:
+        return self.d_model * self.mlp_ratio
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of a plain model's weights, (in × out), layers stacked first."""
+        n, d, m = self.n_layers, self.d_model, self.d_mlp
+        return {
+            "embedding": (self.vocab_size, d),
+            "positions": (self.length, d),
+            "qkv": (n, d, 3 * d),  # columns: q of all heads, k of all heads, v of all heads
+            "out": (n, d, d),
+            "up": (n, d, m),
+            "down": (n, m, d),
+            "head": (d, self.vocab_size),
+        }
+
+    def n_parameters(self) -> int:
+        """Parameters of the deployed model, the RMSNorm gains folded in."""
+        return sum(math.prod(s) for s in self.weight_shapes().values())
+
+    def n_operations(self) -> int:
+        """Multiply-adds of a forward pass over one sequence, per token (attention included)."""
+        n, d, m = self.n_layers, self.d_model, self.d_mlp
+        return n * (4 * d * d + 2 * d * m + d * (self.length + 1)) + d * self.vocab_size
+
+
+def initial_weights(shape: Shape, generator: torch.Generator | None = None) -> Weights:
+    """Random weights: embeddings N(0, 0.1²·…), matrices N(0, 1/fan_in), writes to the stream scaled by 1/√(2·layers)."""
+    weights = {}
+    for name, size in shape.weight_shapes().items():
+        if name in ("embedding", "positions"):
+            std = 0.3
+        elif name == "head":
+            std = 0.5 / math.sqrt(size[-2])
+        else:
+            std = 1 / math.sqrt(size[-2])
+            if name in ("out", "down"):
+                std /= math.sqrt(2 * shape.n_layers)
+        weights[name] = torch.randn(size, generator=generator) * std
+    return weights
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / rms(x) over the last axis; no gain (it lives in the weights that read the result)."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (T, M, in) times weight (in, out) or (T, in, out), plus bias (out) or (T, out)."""
+    y = torch.matmul(x, weight)
+    if bias is not None:
+        y = y + (bias if bias.dim() == 1 else bias.unsqueeze(-2))
+    return y
+
+
+def embed(weights: Weights, tokens: Tensor) -> Tensor:
+    """tokens (T, B, N) → the stream's first state (T, B, N, d): the token before, plus the position."""
+    n_tasks, _, length = tokens.shape
+    table, positions = weights["embedding"], weights["positions"]
+    index = tokens[:, :, :-1]
+    if table.dim() == 3:  # one table a task: (T, V, d) read as (T·V, d)
+        offset = torch.arange(n_tasks, device=tokens.device) * table.shape[1]
+        index = index + offset[:, None, None]
+        table = table.reshape(-1, table.shape[-1])
+    x = F.pad(F.embedding(index, table), (0, 0, 1, 0))  # (T, B, N, d): nothing stands before token 0
+    positions = positions[..., :length, :]
+    return x + (positions if positions.dim() == 2 else positions.unsqueeze(1))
+
+
+def _layers(weights: Weights, name: str) -> tuple[Tensor | None, ...]:
+    """A stacked weight, (L, in, out) or (T, L, in, out), or a bias, (L, out) or (T, L, out), layer by layer."""
+    if name not in weights:
+        return (None,) * weights["qkv"].shape[-3]
+    return weights[name].unbind(-2 if name.endswith("_bias") else -3)
+
+
+def _exp2_safely(scores: Tensor, causal: bool = False) -> Tensor:
+    """2^scores in place, up to a factor a row that a softmax cancels. Row maxima are slow: only where needed."""
+    low, high = scores.aminmax()
+    if low > -100 and high < 100:  # float32 holds 2^±126
+        e = scores.exp2_()
+        return e.tril_() if causal else e
+    if causal:
+        scores.add_(torch.full_like(scores[0], -math.inf).triu_(1))
+    return scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
+
+
+class _CausalAttention(torch.autograd.Function):
+    """softmax(q kᵀ/√d_h + mask) v for many small heads, three times as fast as the general kernels on a CPU.
+
+    Small matrices decide how: every product writes rows of length N, never of length d_h; exponentials are
+    powers of 2 and normalised after the product with v; of the (N × N) arrays only the exponentials are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor) -> Tensor:  # (G, N, 3, h, d_h) → (G, N, h·d_h)
+        groups, length, _, n_heads, d_head = qkv.shape
+        flat = qkv.permute(2, 0, 3, 4, 1).reshape(3, groups * n_heads, d_head, length)  # q, k, v as (G·h, d_h, N)
+        q = flat[0].transpose(1, 2).contiguous()
+        e = torch.bmm(q.mul_(1 / (math.sqrt(d_head) * math.log(2))), flat[1])  # scores in powers of 2
+        e = _exp2_safely(e, causal=True)
+        total = e.sum(-1).unsqueeze(1)  # (G·h, 1, N)
+        y = torch.bmm(flat[2], e.transpose(1, 2)).div_(total)  # (G·h, d_h, N)
+        ctx.save_for_backward(flat, e, total, y)
+        ctx.heads = n_heads
+        return y.view(groups, n_heads * d_head, length).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        flat, e, total, y = ctx.saved_tensors
+        _, rows, d_head, length = flat.shape
+        grad = grad.transpose(1, 2).reshape(rows, d_head, length) / total
+        delta = (grad * y).sum(1).neg_().unsqueeze(-1)  # (G·h, N, 1)
+        dflat = torch.empty_like(flat)
+        torch.bmm(grad, e, out=dflat[2])
+        ds = torch.baddbmm(delta, grad.transpose(1, 2).contiguous(), flat[2]).mul_(e).mul_(1 / math.sqrt(d_head))
+        torch.bmm(flat[1], ds.transpose(1, 2), out=dflat[0])
+        torch.bmm(flat[0], ds, out=dflat[1])
+        return dflat.view(3, -1, ctx.heads, d_head, length).permute(1, 4, 0, 2, 3).contiguous()
+
+
+def attention(qkv: Tensor, d_head: int, batch: int) -> Tensor:
+    """Causal attention. qkv (T, B·N, 3·d) → (T, B·N, d)."""
+    n_tasks, rows, three_d = qkv.shape
+    d = three_d // 3
+    qkv = qkv.view(n_tasks * batch, rows // batch, 3, d // d_head, d_head)
+    if qkv.device.type == "cpu":
+        y = _CausalAttention.apply(qkv)
+    else:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (T·B, h, N, d_h)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    return y.reshape(n_tasks, rows, d)
+
+
+def hidden(
+    weights: Weights, tokens: Tensor, d_head: int = 8, watch: Callable[[str, Tensor], None] | None = None
+) -> Tensor:
+    """The normalised last state of the stream, (T, B·N, d). `watch(name, x)` sees what each weight reads."""
+    n_tasks, batch, length = tokens.shape
+    x = embed(weights, tokens).view(n_tasks, batch * length, -1)
+    names = ("qkv", "qkv_bias", "out", "up", "up_bias", "down")
+    for layer, (qkv, qkv_bias, out, up, up_bias, down) in enumerate(
+        zip(*(_layers(weights, n) for n in names), strict=True)
+    ):
+        y = attention(linear(rms_norm(x), qkv, qkv_bias), d_head, batch)
+        z = linear(y, out)
+        x = x + z
+        a = F.gelu(linear(rms_norm(x), up, up_bias))
+        x = x + linear(a, down)
+        if watch is not None:
+            watch(f"attention.{layer}", y)
+            watch(f"mlp.{layer}", a)
+            watch(f"stream.{layer}", x)
+    return rms_norm(x)
+
+
+def forward(weights: Weights, tokens: Tensor, d_head: int = 8) -> Tensor:
+    """Logits (T, B, N, V) of tokens (T, B, N); row i sees tokens before i only."""
+    h = hidden(weights, tokens, d_head)
+    return linear(h, weights["head"], weights.get("head_bias")).view(*tokens.shape, -1)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy of a linear head: loss and gradient in one go, so that the logits are passed over once."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # (T, M, d), (T, d, V), (T, M) → (T,)
+        p = _exp2_safely(torch.bmm(h, weight / math.log(2)))  # (T, M, V)
+        p.div_(p.sum(-1, keepdim=True))
+        targets = targets.unsqueeze(-1)
+        hit = p.gather(-1, targets)
+        p.scatter_(-1, targets, hit - 1)
+        dh = torch.bmm(weight, p.transpose(1, 2)).transpose(1, 2)  # written in rows of length M: faster for small d
+        dweight = torch.bmm(h.transpose(1, 2), p)
+        ctx.save_for_backward(dh, dweight)
+        return -hit.clamp_min(1e-38).log().mean((1, 2))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dh, dweight = ctx.saved_tensors
+        grad = (grad / dh.shape[1]).view(-1, 1, 1)
+        return dh * grad, dweight * grad, None
+
+
+def task_losses(weights: Weights, tokens: Tensor, d_head: int = 8) -> Tensor:
+    """Mean cross-entropy of each task's tokens (T, B, N), in nats per token: (T,)."""
+    h = hidden(weights, tokens, d_head)  # (T, B·N, d)
+    head, bias = weights["head"], weights.get("head_bias")
+    if bias is None and torch.is_grad_enabled():
+        targets = tokens.reshape(tokens.shape[0], -1)
+        if head.dim() == 3:
+            return _HeadLoss.apply(h, head, targets)
+        return _HeadLoss.apply(h, head.unsqueeze(0).expand(len(h), -1, -1), targets)
+    logits = linear(h, head, bias)
+    nll = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+    return nll.view(tokens.shape[0], -1).mean(1)
