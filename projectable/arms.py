@@ -7,7 +7,7 @@ is used for every seed. A choice between variants (the best conditioning) is mad
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
@@ -17,21 +17,193 @@ from .experiment import Run, operations, run_many
 TRIALS = 4  # learning rates of an arm and size; more where the best is at an edge
 MAX_TRIALS = 8
 FACTOR = 2.0
+UNIVERSALS = ("universal_token", "universal_additive", "universal_film", "universal_adaln")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One contender. `lr`: where its sweep begins, by size; `steps`: how long it trains, in a profile's phases."""
+    """One contender. `lr`: the middle of its sweep, by size (the next smaller one's where a size is not listed)."""
 
-    name: str
     words: str  # as a legend shows it
     model: str
     lr: dict[int, float]
-    steps: str = "both"  # source (the source alone), joint, both (as many examples as a projection in all), matched
+    steps: str = "both"  # source (the source alone), joint, both (as many examples as source and joint), matched
     start: str = ""  # the arm whose run it starts from
     options: dict = field(default_factory=dict)
 
-    @property
-    def together(self) -> bool:
-        """Whether all sizes are trained in one run."""
-        return self.model == "projectable"
+    def middle(self, size: int) -> float:
+        """Where the sweep of that size is centred."""
+        return self.lr[max([s for s in self.lr if s <= size], default=min(self.lr))]
+
+
+_UNIVERSAL = {8: 2.8e-2, 16: 2.8e-2, 32: 1.4e-2}
+_MAPS = {8: 1e-3, 16: 1e-3, 32: 7e-4}
+
+
+def _projected(words: str, start: str = "source", **options) -> Arm:
+    return Arm(words, "projectable", _MAPS, "joint", start, options)
+
+
+ARMS = {
+    "source": Arm("source alone", "source", {0: 1e-2}, "source"),
+    "source_control": Arm("source, trained on without projections", "source", {0: 1e-2}, "joint", "source"),
+    "universal_token": Arm("universal, task token", "universal", _UNIVERSAL, options=dict(conditioning="token")),
+    "universal_additive": Arm("universal, additive", "universal", _UNIVERSAL, options=dict(conditioning="additive")),
+    "universal_film": Arm("universal, FiLM", "universal", _UNIVERSAL, options=dict(conditioning="film")),
+    "universal_adaln": Arm("universal, AdaLN-Zero", "universal", _UNIVERSAL, options=dict(conditioning="adaln")),
+    "universal_distilled": Arm("best universal, distilled from the source", "distilled", _UNIVERSAL, start="source"),
+    "universal_matched": Arm("best universal, the projections' compute", "universal", _UNIVERSAL, "matched"),
+    "specialists": Arm("specialists from scratch", "specialists", _UNIVERSAL),
+    "specialists_tuned": Arm(
+        "specialists, tuned from the best universal", "specialists", {8: 1e-2, 16: 1e-2, 32: 5e-3}, "joint", "universal"
+    ),
+    "projected": _projected("projected", family="Linear", z_dim=8),
+    "projected_few_dims": _projected("projected, task vectors of 3 dimensions", family="Linear", z_dim=3),
+    "static_token": _projected("over-parametrised universal (StaticToken)", family="Static"),
+    "static": _projected("one model for all tasks (Static)", family="Static", use_task_embedding=False),
+    "bank_trained": _projected("random source, trained", family="Linear", z_dim=8, source_mode="random_trained"),
+    "bank_frozen": _projected("random source, frozen", family="Linear", z_dim=8, source_mode="random_frozen"),
+    "source_frozen": _projected("projected, source frozen", family="Linear", z_dim=8, source_mode="frozen"),
+}
+
+
+class Study:
+    """All arms of one profile and one definition of tasks: sweeps, choices, runs over seeds."""
+
+    def __init__(self, profile: Profile, tasks: str = "classes", sizes: tuple[int, ...] | None = None):
+        self.profile, self.data = profile, replace(profile.data, tasks=tasks)
+        self.sizes = sizes or profile.sizes
+        self._rates: dict[str, dict[int, float]] = {}
+
+    # ----------------------------------------------------------------------------------------------- configs
+
+    def config(self, name: str, rates: dict[int, float], seed: int) -> RunConfig:
+        """The run of an arm for the sizes in `rates` (learning rate by size), a seed and this profile."""
+        arm, p = ARMS[name], self.profile
+        sizes = () if arm.model == "source" else tuple(sorted(rates))
+        options, start = dict(arm.options), None
+        if name in ("universal_distilled", "universal_matched"):
+            options["conditioning"] = dict(ARMS[self.best_universal(*sizes)].options)["conditioning"]
+        if arm.start == "universal":
+            best = self.best_universal(*sizes)
+            start = self.config(best, {s: self.rates(best)[s] for s in sizes}, seed)
+        elif arm.start:
+            start = self.config(arm.start, self.rates(arm.start), seed)
+        steps = {"source": p.source_steps, "joint": p.joint_steps, "both": p.source_steps + p.joint_steps}
+        n_steps = self.matched_steps() if arm.steps == "matched" else steps[arm.steps]
+        source_lr = 0.0
+        if arm.model == "source":
+            (source_lr,) = rates.values()
+        elif arm.model == "projectable" and options.get("source_mode", "trained").endswith("trained"):
+            (source_lr,) = self.rates("source_control").values()  # chosen for the control, not for us
+        return RunConfig(
+            arm.model,
+            self.data,
+            p.d_source,
+            p.n_layers,
+            sizes,
+            tuple(rates[s] for s in sizes),
+            n_steps,
+            seed,
+            source_lr,
+            p.tasks_per_step,
+            p.images_per_task,
+            eval_every=p.eval_every,
+            val_images=p.val_images,
+            options=tuple(sorted(options.items())),
+            start=start,
+        )
+
+    def matched_steps(self) -> int:
+        """Steps with which the universal models of all sizes cost what source and projections of all sizes do."""
+        ours = self.config("projected", {s: 1e-3 for s in self.sizes}, self.profile.seeds[0])
+        rival = [self.config("universal_film", {s: 1e-2}, self.profile.seeds[0]) for s in self.sizes]
+        return round(rival[0].steps * operations(ours) / sum(map(operations, rival)))
+
+    # ------------------------------------------------------------------------------------------------ sweeps
+
+    def _sizes(self, name: str) -> tuple[int, ...]:
+        return (self.profile.d_source,) if ARMS[name].model == "source" else self.sizes
+
+    def _trials(self, name: str, powers: dict[int, list[int]]) -> dict[tuple[int, int], RunConfig]:
+        """{(size, power): config}: rate = middle · FACTOR^(power − ½). Projections train all sizes in one run."""
+        seed, arm = self.profile.seeds[0], ARMS[name]
+
+        def rate(size: int, power: int) -> float:
+            return float(f"{arm.middle(size) * FACTOR ** (power - 0.5):.2g}")
+
+        if arm.model == "projectable":
+            every = sorted({k for ks in powers.values() for k in ks})
+            configs = {k: self.config(name, {s: rate(s, k) for s in self.sizes}, seed) for k in every}
+            return {(s, k): configs[k] for k in every for s in self.sizes}
+        return {(s, k): self.config(name, {s: rate(s, k)}, seed) for s, ks in powers.items() for k in ks}
+
+    def sweep(self, *names: str) -> pd.DataFrame:
+        """Every trial of these arms: arm, d_s, lr, val_loss, best, at_edge, seconds. Trains what is missing."""
+        first = [k - TRIALS // 2 + 1 for k in range(TRIALS)]
+        powers = {name: {s: list(first) for s in self._sizes(name)} for name in names}
+        while True:
+            trials = {name: self._trials(name, powers[name]) for name in names}
+            unique = list({c.key(): c for t in trials.values() for c in t.values()}.values())
+            runs = dict(zip([c.key() for c in unique], run_many(unique, f"sweep of {', '.join(names)}"), strict=True))
+            rows, again = [], False
+            for name in names:
+                member = "source" if ARMS[name].model == "source" else None
+                for size in self._sizes(name):
+                    ks = sorted(k for s, k in trials[name] if s == size)
+                    found = {k: runs[trials[name][size, k].key()] for k in ks}
+                    losses = {k: r.result["val"][member or f"d{size}"] for k, r in found.items()}
+                    best = min(losses, key=losses.get)
+                    edge = best in (ks[0], ks[-1])
+                    if edge and len(ks) < MAX_TRIALS:
+                        powers[name][size] = [*ks, best + (1 if best == ks[-1] else -1)]
+                        again = True
+                    for k in ks:
+                        config = trials[name][size, k]
+                        lr = config.source_lr if member else dict(zip(config.sizes, config.lr, strict=True))[size]
+                        rows.append(
+                            dict(
+                                arm=name,
+                                d_s=size,
+                                lr=lr,
+                                val_loss=losses[k],
+                                best=k == best,
+                                at_edge=edge and k == best,
+                            )
+                            | dict(seconds=found[k].result["seconds"])
+                        )
+            if not again:
+                return pd.DataFrame(rows)
+
+    def rates(self, name: str) -> dict[int, float]:
+        """The best learning rate of an arm by size, from its sweep."""
+        if name not in self._rates:
+            table = self.sweep(name)
+            best = table[table.best]
+            self._rates[name] = dict(zip(best.d_s.tolist(), best.lr.tolist(), strict=True))
+        return self._rates[name]
+
+    def best_universal(self, size: int) -> str:
+        """The conditioning with the lowest validation loss at that size."""
+        table = self.sweep(*UNIVERSALS)
+        return table[table.d_s == size].sort_values("val_loss").arm.iloc[0]
+
+    # ------------------------------------------------------------------------------------------------- seeds
+
+    def seeds(self, *names: str, test: bool = True) -> dict[str, list[Run]]:
+        """The runs of these arms over all seeds at their best rates; `universal` stands for the best one a size."""
+        configs: list[tuple[str, RunConfig]] = []
+        for name in names:
+            if name == "universal":
+                chosen = {s: self.best_universal(s) for s in self.sizes}
+                parts = [(chosen[s], {s: self.rates(chosen[s])[s]}) for s in self.sizes]
+            elif ARMS[name].model == "projectable":
+                parts = [(name, self.rates(name))]
+            else:
+                parts = [(name, {s: lr}) for s, lr in self.rates(name).items()]
+            configs += [(name, self.config(arm, rates, seed)) for seed in self.profile.seeds for arm, rates in parts]
+        runs = run_many([c for _, c in configs], f"seeds of {', '.join(names)}", test)
+        result: dict[str, list[Run]] = {name: [] for name in names}
+        for (name, _), run in zip(configs, runs, strict=True):
+            result[name].append(run)
+        return result

@@ -1,0 +1,117 @@
+"""From losses to verdicts: paired gaps, intervals, the width that matches, whose image is it.
+
+A seed is one draw of initialisation and order of data; codebook and splits are fixed. Gaps are paired: per seed, the
+mean over tasks of (rival's loss − ours), positive where ours is better; then Student's t over seeds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .baselines import Model
+from .experiment import Run
+from .tasks import TaskData
+from .transformer import forward
+
+
+def loss_table(runs: dict[str, list[Run]], data: TaskData) -> pd.DataFrame:
+    """Test losses of finished runs, tidy: arm, d_s, seed, task, loss (nats per token)."""
+    rows = []
+    for arm, arm_runs in runs.items():
+        for run in arm_runs:
+            for member, losses in run.test_losses().items():
+                d_s = run.config.d_source if member == "source" else int(member[1:])
+                name = arm if member != "source" or run.config.model == "source" else f"{arm}: source"
+                rows += [
+                    dict(arm=name, d_s=d_s, seed=run.config.seed, task=task, loss=loss)
+                    for task, loss in zip(data.task_names, losses.tolist(), strict=True)
+                ]
+    return pd.DataFrame(rows)
+
+
+def seed_means(losses: pd.DataFrame) -> pd.DataFrame:
+    """Mean over tasks: arm, d_s, seed, loss."""
+    return losses.groupby(["arm", "d_s", "seed"], sort=False, as_index=False)["loss"].mean()
+
+
+def paired_gaps(losses: pd.DataFrame, rival: str, ours: str, d_s_ours: int | None = None) -> pd.DataFrame:
+    """Per size and seed, the mean over tasks of loss(rival) − loss(ours): d_s, seed, gap (nats per token)."""
+    wide = losses.pivot_table(index=["d_s", "seed", "task"], columns="arm", values="loss")[[rival, ours]].dropna()
+    gap = (wide[rival] - wide[ours]).groupby(level=["d_s", "seed"]).mean()
+    return gap.rename("gap").reset_index()
+
+
+def t_interval(values, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and the ends of its interval by Student's t; NaN ends for fewer than two values."""
+    from scipy import stats
+
+    values = np.asarray(values, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half = float(stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+def crossed_bootstrap(losses: pd.DataFrame, rival: str, ours: str, draws: int = 4000, seed: int = 0):
+    """Mean gap and its 95 % interval where seeds *and* tasks are samples: both are redrawn, crossed."""
+    wide = losses.pivot_table(index=["seed", "task"], columns="arm", values="loss")[[rival, ours]].dropna()
+    gap = (wide[rival] - wide[ours]).unstack("task").to_numpy()  # (seeds, tasks)
+    rng = np.random.default_rng(seed)
+    n_seeds, n_tasks = gap.shape
+    seeds = rng.integers(n_seeds, size=(draws, n_seeds))
+    tasks = rng.integers(n_tasks, size=(draws, n_tasks))
+    means = gap[seeds[:, :, None], tasks[:, None, :]].mean((1, 2))
+    return float(gap.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975]))
+
+
+def verdict(ci_low: float, ci_high: float, seeds: int, above: float = 0.0, min_seeds: int = 3) -> str:
+    """The rule for a claim "the statistic is above `above`", by its 95 % interval.
+
+    reproduced: the interval lies above; not reproduced: it lies below; inconclusive: neither, or too few seeds.
+    """
+    if seeds < min_seeds or math.isnan(ci_low):
+        return "inconclusive"
+    return "reproduced" if ci_low > above else "not reproduced" if ci_high < above else "inconclusive"
+
+
+def matching_width(sizes, universal, loss: float) -> float:
+    """The width at which the universal model's loss would equal `loss`: linear in log2(width), ends extended."""
+    x, y = np.log2(np.asarray(sizes, float)), np.asarray(universal, float)
+    order = np.argsort(x)
+    x, y = x[order], y[order]
+    i = int(np.clip(np.searchsorted(-y, -loss) - 1, 0, len(x) - 2))
+    slope = (y[i + 1] - y[i]) / (x[i + 1] - x[i])
+    return float(2 ** (x[i] + (loss - y[i]) / slope)) if slope < 0 else math.nan
+
+
+@torch.no_grad()
+def swap_losses(model: Model, member: str, data: TaskData, per_task: int = 100, split: str = "test") -> Tensor:
+    """Nats per token of every image under every task's model: (T models, T tasks, n images)."""
+    tokens = data.first(split, per_task)  # (T, n, N)
+    n_tasks, n, length = tokens.shape
+    weights = model.weights(member, torch.arange(n_tasks))
+    losses = torch.empty(n_tasks, n_tasks, n)
+    for task in range(n_tasks):
+        x = tokens[task].expand(n_tasks, -1, -1)  # every model sees the same images
+        logits = forward(weights, x, model.shape.d_head)
+        nll = F.cross_entropy(logits.flatten(0, 2), x.reshape(-1), reduction="none")
+        losses[:, task] = nll.view(n_tasks, n, length).mean(-1)
+    return losses
+
+
+def naming_accuracy(losses: Tensor) -> float:
+    """How often the model that finds an image most likely is that of the image's own task; (T, T, n) of `swap_losses`."""
+    named = losses.argmin(0)  # (T tasks, n)
+    return (named == torch.arange(len(losses)).unsqueeze(1)).double().mean().item()
+
+
+def bits_per_pixel(nats_per_token: float, n_tokens: int, n_pixels: int) -> float:
+    """Code length of an image's tokens, in bits per pixel (of the coded image: the codebook's own error not counted)."""
+    return nats_per_token * n_tokens / math.log(2) / n_pixels
