@@ -1,0 +1,108 @@
+"""Small real data and small trained models that the tests share; every run goes to a folder of this session."""
+
+import numpy as np
+import pytest
+import torch
+
+from projectable import experiment, tasks
+from projectable.config import DataConfig, RunConfig
+from projectable.tasks import images, make_tasks
+from projectable.transformer import Shape
+
+DIGITS = DataConfig("digits", "classes", vocab_size=32, patch=2, val_per_class=20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_runs(tmp_path_factory):
+    """One thread, so that numbers can be compared bit by bit, and a folder for runs that no notebook reads."""
+    torch.set_num_threads(1)
+    patch = pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("runs")
+    patch.setenv("PROJECTABLE_RUNS", str(folder))
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture
+def other_runs(tmp_path, monkeypatch):
+    """Another, empty folder for runs: what was trained before has to be trained again."""
+    monkeypatch.setenv("PROJECTABLE_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+def tiny(**changes) -> RunConfig:
+    """A universal model of width 8 on the digits, 40 steps: 0.3 s."""
+    config = RunConfig(
+        model="universal",
+        data=DIGITS,
+        d_source=16,
+        n_layers=1,
+        sizes=(8,),
+        lr=(1e-2,),
+        steps=40,
+        seed=0,
+        warmup=5,
+        eval_every=10,
+        val_images=10,
+        checkpoint_every=10,
+    )
+    return config.with_(**changes)
+
+
+def tiny_source(**changes) -> RunConfig:
+    """A source of width 16."""
+    return tiny(model="source", sizes=(), lr=(), source_lr=1e-2, **changes)
+
+
+def tiny_projectable(start: RunConfig | None = None, **changes) -> RunConfig:
+    """Projections of that source; `options` as keywords of `Projectable` in a dict."""
+    options = tuple(changes.pop("options", {}).items())
+    return tiny(
+        **dict(model="projectable", start=start or tiny_source(), source_lr=1e-3, lr=(2e-3,), options=options) | changes
+    )
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """Ten tasks of real 8×8 digits, 16 tokens of 32 codes each."""
+    return make_tasks("digits", vocab_size=32, patch=2, val_per_class=20)
+
+
+@pytest.fixture(scope="session")
+def source(session_runs):
+    """The tiny source, trained once."""
+    return experiment.run(tiny_source())
+
+
+@pytest.fixture(scope="session")
+def universal(session_runs):
+    """The tiny universal model, trained once."""
+    return experiment.run(tiny())
+
+
+@pytest.fixture
+def shape():
+    """A model for the digits with two layers and two heads."""
+    return Shape(16, n_layers=2, vocab_size=32, length=16)
+
+
+@pytest.fixture(scope="session")
+def fashion():
+    """Fashion-MNIST, where it lies on this machine: tests never download."""
+    try:
+        folder = images._find_fashion()
+    except images.DataError as error:
+        pytest.skip(str(error))
+    arrays = [images._read_idx(folder / f"{name}.gz") for name in images.FASHION_FILES]
+    x, y, x_test, y_test = arrays
+    pairs = ((x[..., None] / np.float32(255), y.astype(np.int64)), (x_test[..., None] / np.float32(255), y_test))
+    return tasks.Images("fashion", "", images.FASHION_NAMES, *pairs)
+
+
+def randomise(module: torch.nn.Module, std: float = 0.3, seed: int = 0) -> torch.nn.Module:
+    """Every parameter drawn anew, so that no term is zero only because it starts there."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return module
