@@ -1,0 +1,319 @@
+"""Images to tokens and back, splits, the order of data; Fashion-MNIST found, fetched or plainly refused."""
+
+import gzip
+import hashlib
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from projectable import tasks
+from projectable.tasks import Images, TaskData, images, make_tasks, split_images
+from projectable.tasks.codebook import Codebook, from_patches, to_patches
+from projectable.tasks.images import DataError, load_digits, load_fashion_mnist, load_images
+
+ARGUMENTS = dict(vocab_size=32, patch=2, val_per_class=20)
+
+
+# ---------------------------------------------------------------------------------------------- patches and codes
+
+
+def test_patches_are_in_raster_order():
+    image = np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1)
+    assert to_patches(image, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patches_and_back(channels):
+    image = np.random.default_rng(0).random((5, 6, 9, channels), np.float32)
+    patches = to_patches(image, 3)
+    assert patches.shape == (5, 6, 9 * channels)
+    assert np.array_equal(from_patches(patches, 3, 6, 9), image)
+
+
+def test_a_patch_that_does_not_fit():
+    with pytest.raises(ValueError, match="patch=3 does not divide images of 8×8 pixels"):
+        make_tasks("digits", patch=3)
+
+
+def test_encoding_picks_the_nearest_code(digits):
+    x, _ = load_digits().test
+    patches = to_patches(x[:50], 2).astype(np.float64)
+    distances = ((patches[:, :, None] - digits.codebook.codes) ** 2).sum(-1)  # (n, N, V)
+    tokens = digits.codebook.encode(x[:50])
+    chosen = np.take_along_axis(distances, tokens[..., None], -1)[..., 0]
+    assert tokens.dtype == np.int64
+    np.testing.assert_allclose(chosen, distances.min(-1), atol=1e-6)
+    assert np.array_equal(digits.codebook.encode(x[:50], block=7), tokens)
+
+
+def test_codes_are_distinct_sorted_by_brightness_and_stay_themselves(digits):
+    codes = digits.codebook.codes
+    assert len(np.unique(codes, axis=0)) == 32 and (np.diff(codes.mean(1)) >= 0).all()
+    tokens = np.arange(32).reshape(2, 16)
+    assert np.array_equal(digits.codebook.encode(digits.codebook.decode(tokens)), tokens)
+
+
+def test_images_survive_the_codebook(digits):
+    x, _ = load_digits().test
+    book = digits.codebook
+    error = np.mean((book.decode(book.encode(x)) - x) ** 2)
+    assert book.psnr(x) == pytest.approx(-10 * np.log10(error), abs=1e-3)
+    assert book.psnr(x) > 19  # 32 codes for 4 pixels; one code alone gives 8 dB
+    bigger = Codebook.fit(x, 2, 128)
+    assert bigger.psnr(x) > book.psnr(x) + 2
+
+
+def test_a_codebook_larger_than_its_patches():
+    with pytest.raises(ValueError, match="a codebook of 99 codes needs as many patches; these images have 16"):
+        Codebook.fit(np.zeros((1, 8, 8, 1), np.float32), 2, 99)
+
+
+# ------------------------------------------------------------------------------------------------ splits and tasks
+
+
+def held_back():
+    """Which of the digits' training images are validation images."""
+    digits = load_digits()
+    numbered = Images("", "", digits.label_names, (np.arange(len(digits.train[1])), digits.train[1]), digits.test)
+    return split_images(numbered, 20)["val"][0]
+
+
+@pytest.mark.parametrize("definition", ["classes", "clusters4"])
+def test_the_codebook_and_the_tasks_see_training_images_only(monkeypatch, definition):
+    before = make_tasks("digits", definition, **ARGUMENTS)
+    digits = load_digits()
+    x, x_test = digits.train[0].copy(), np.ones_like(digits.test[0])
+    x[held_back()] = 1
+    changed = Images("digits", "", digits.label_names, (x, digits.train[1]), (x_test, digits.test[1]))
+    monkeypatch.setattr(tasks, "load_images", lambda name: changed)
+    after = make_tasks("digits", definition, **ARGUMENTS)
+    assert np.array_equal(before.codebook.codes, after.codebook.codes)
+    assert all(torch.equal(a, b) for a, b in zip(before.tokens["train"], after.tokens["train"], strict=True))
+    assert len(torch.cat(after.tokens["val"]).unique()) == 1  # and the change did arrive
+
+
+def test_splits_are_disjoint_complete_balanced_and_always_the_same(digits):
+    x, y = load_digits().train
+    held = held_back()
+    splits = split_images(load_digits(), 20)
+    assert np.array_equal(splits["val"][0], x[held]) and len(np.unique(held)) == 200
+    assert np.array_equal(splits["train"][0], np.delete(x, held, axis=0))
+    assert np.bincount(splits["val"][1]).tolist() == [20] * 10
+    again = make_tasks("digits", **ARGUMENTS)
+    for split in tasks.SPLITS:
+        assert all(torch.equal(a, b) for a, b in zip(digits.tokens[split], again.tokens[split], strict=True))
+
+
+def test_classes_hold_the_images_of_their_class(digits):
+    splits = split_images(load_digits(), 20)
+    assert digits.task_names == tuple("0123456789")
+    for split, (x, y) in splits.items():
+        for task in range(10):
+            expected = digits.codebook.encode(x[y == task])
+            assert np.array_equal(digits.tokens[split][task].numpy(), expected)
+
+
+def test_clusters_hold_every_image_once_and_similar_ones_together(digits):
+    clusters = make_tasks("digits", "clusters4", **ARGUMENTS)
+    assert clusters.task_names == ("cluster 0", "cluster 1", "cluster 2", "cluster 3")
+
+    def spread(groups):  # mean squared distance of pixels to the group's mean
+        xs = [clusters.codebook.decode(t.numpy()) for t in groups]
+        return sum(((x - x.mean(0)) ** 2).sum() for x in xs) / sum(map(len, xs))
+
+    for split in tasks.SPLITS:
+        ours = torch.cat(clusters.tokens[split])
+        assert torch.equal(ours.unique(dim=0), torch.cat(digits.tokens[split]).unique(dim=0))
+        assert len(ours) == sum(map(len, digits.tokens[split]))
+        assert spread(clusters.tokens[split]) < 0.9 * spread([ours])
+
+
+def test_tasks_by_name_and_number():
+    data = TaskData("", ("shirt", "bag"), {}, None)
+    assert [data.task_id(task) for task in ("bag", 1, "0", "shirt")] == [1, 1, 0, 0]
+    for wrong in ("shoe", 2, -1):
+        with pytest.raises(ValueError, match=r"unknown task .*; allowed: shirt, bag \(or 0 to 1\)"):
+            data.task_id(wrong)
+
+
+def test_a_name_goes_before_a_number():
+    assert TaskData("", ("1", "0"), {}, None).task_id("1") == 0
+
+
+@pytest.mark.parametrize("wrong", ["colours", "clusters", "clustersmany", "clusters-3"])
+def test_unknown_tasks(wrong):
+    with pytest.raises(ValueError, match=f"unknown tasks '{wrong}'; allowed: classes, clustersK"):
+        make_tasks("digits", wrong, **ARGUMENTS)
+
+
+def test_unknown_dataset():
+    with pytest.raises(ValueError, match="unknown dataset 'cifar'; allowed: fashion, digits"):
+        load_images("cifar")
+
+
+# --------------------------------------------------------------------------------------------- the order of data
+
+
+def test_the_order_is_a_pure_function(digits):
+    first = digits.draw(20, 10, 4, seed=3)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    again, other = digits.draw(20, 10, 4, seed=3), digits.draw(20, 10, 4, seed=4)
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[1], other[1])
+
+
+@pytest.mark.parametrize("tasks_per_step", [3, 10, 99])
+def test_every_image_comes_once_in_a_pass(digits, tasks_per_step):
+    ids, index = digits.draw(400, tasks_per_step, 4, seed=0)
+    assert ids.shape == (400, min(tasks_per_step, 10)) and index.shape == (*ids.shape, 4)
+    for task in range(10):
+        seen, n = index[ids == task].flatten(), len(digits.tokens["train"][task])
+        assert len(seen) > 2 * n
+        passes = [seen[i : i + n] for i in range(0, len(seen) - n + 1, n)]
+        assert all(torch.equal(p.sort().values, torch.arange(n)) for p in passes)
+        assert not torch.equal(passes[0], passes[1])
+
+
+@pytest.mark.parametrize("tasks_per_step", [1, 4, 5, 7])
+def test_tasks_take_turns(digits, tasks_per_step):
+    ids, _ = digits.draw(100, tasks_per_step, 2, seed=0)
+    for steps in range(1, 101):
+        counts = torch.bincount(ids[:steps].flatten(), minlength=10)
+        assert counts.max() - counts.min() <= 1 + (steps * tasks_per_step % 10 > 0)
+
+
+def test_a_batch_holds_the_drawn_images(digits):
+    ids, index = digits.draw(5, 3, 4, seed=0)
+    batch = digits.batch(ids[2], index[2])
+    assert batch.shape == (3, 4, 16) and batch.dtype == torch.int64
+    assert torch.equal(batch[1, 3], digits.tokens["train"][ids[2, 1]][index[2, 1, 3]])
+
+
+def test_the_first_images_of_every_task(digits):
+    first = digits.first("test", 1000)
+    assert first.shape == (10, 21, 16)  # digit 1 has 21 test images
+    assert torch.equal(first[4], digits.tokens["test"][4][:21])
+
+
+# ------------------------------------------------------------------------------------ Fashion-MNIST: found or not
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Four tiny IDX files in place of Fashion-MNIST, and two ways of getting them that do not work yet."""
+    rng, source = np.random.default_rng(0), tmp_path / "elsewhere"
+    source.mkdir()
+    for name in images.FASHION_FILES:
+        n = 30 if name.startswith("train") else 10
+        if "images" in name:
+            content = struct.pack(">BBBBIII", 0, 0, 8, 3, n, 28, 28) + rng.bytes(n * 784)
+        else:
+            content = struct.pack(">BBBBI", 0, 0, 8, 1, n) + bytes(i % 10 for i in range(n))
+        (source / f"{name}.gz").write_bytes(gzip.compress(content))
+        monkeypatch.setitem(images.FASHION_FILES, name, hashlib.sha256(content).hexdigest())
+    data = tmp_path / "data"
+    monkeypatch.setenv("PROJECTABLE_DATA", str(data))
+    here = data / "FashionMNIST" / "raw"
+    monkeypatch.setattr(images, "_fashion_folders", lambda: [here, tmp_path / "system"])
+    calls = []
+
+    def put(root):
+        shutil.copytree(source, root / "FashionMNIST" / "raw", dirs_exist_ok=True)
+
+    def offer(way, works):
+        def download(root):
+            calls.append(way)
+            if not works:
+                raise OSError(f"no {way} today")
+            put(root)
+
+        download.__name__ = f"_download_with_{way}"
+        monkeypatch.setattr(images, download.__name__, download)
+
+    offer("torchvision", False)
+    offer("apt", False)
+    return type("Fake", (), dict(source=source, here=here, data=data, calls=calls, offer=staticmethod(offer), put=put))
+
+
+def test_fashion_mnist_on_disk_is_read_without_asking_anyone(fake):
+    fake.put(fake.data)
+    found = load_fashion_mnist()
+    assert fake.calls == [] and found.name == "fashion"
+    (x, y), (x_test, y_test) = found.train, found.test
+    assert x.shape == (30, 28, 28, 1) and x.dtype == np.float32 and 0 <= x.min() and x.max() <= 1
+    assert y.tolist() == [i % 10 for i in range(30)] and len(x_test) == len(y_test) == 10
+    raw = gzip.decompress((fake.source / "train-images-idx3-ubyte.gz").read_bytes())
+    assert x[0, 0, 1, 0] == np.float32(raw[17]) / np.float32(255)
+
+
+def test_the_system_folder_counts_as_on_disk(fake, tmp_path):
+    shutil.copytree(fake.source, tmp_path / "system")
+    assert len(load_fashion_mnist().train[0]) == 30 and fake.calls == []
+
+
+@pytest.mark.parametrize("torchvision, asked", [(True, ["torchvision"]), (False, ["torchvision", "apt"])])
+def test_ways_to_fetch_are_tried_in_order(fake, torchvision, asked):
+    fake.offer("torchvision", torchvision)
+    fake.offer("apt", True)
+    assert len(load_fashion_mnist().train[0]) == 30
+    assert fake.calls == asked
+
+
+def test_when_no_way_works_all_that_was_tried_is_said(fake):
+    with pytest.raises(DataError) as error:
+        make_tasks("fashion", **ARGUMENTS)
+    message = str(error.value)
+    assert fake.calls == ["torchvision", "apt"]
+    for part in ("on disk", str(fake.here), "no torchvision today", "no apt today", "PROJECTABLE_DATA", ".gz"):
+        assert part in message
+    assert message.count("To get it") == 1 and "\n" not in message
+
+
+@pytest.mark.parametrize("name", images.FASHION_FILES)
+def test_a_missing_file_is_named(fake, name):
+    fake.put(fake.data)
+    (fake.here / f"{name}.gz").unlink()
+    with pytest.raises(DataError, match=f"lacks {name}.gz"):
+        load_fashion_mnist()
+
+
+def test_a_missing_file_is_fetched_where_that_works(fake):
+    fake.put(fake.data)
+    (fake.here / "t10k-labels-idx1-ubyte.gz").unlink()
+    fake.offer("torchvision", True)
+    assert len(load_fashion_mnist().test[1]) == 10
+
+
+DAMAGE = {
+    "cut short": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "no archive": lambda content: b"<html>Not found</html>",
+    "another byte": lambda content: content[:20] + bytes([content[20] ^ 4]) + content[21:],
+    "other content": lambda content: gzip.compress(gzip.decompress(content)[::-1]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_a_damaged_file_is_named_and_nothing_else_is_used(fake, name, damage):
+    fake.put(fake.data)
+    path = fake.here / f"{name}.gz"
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    with pytest.raises(DataError) as error:
+        make_tasks("fashion", **ARGUMENTS)
+    message = str(error.value)
+    assert f"{path} is damaged" in message and "Delete it and fetch it again" in message
+
+
+def test_the_real_fashion_mnist(fashion):
+    (x, y), (x_test, y_test) = fashion.train, fashion.test
+    assert x.shape == (60_000, 28, 28, 1) and x_test.shape == (10_000, 28, 28, 1)
+    assert np.bincount(y).tolist() == [6000] * 10 and np.bincount(y_test).tolist() == [1000] * 10
+    trousers, bag = x[y == 1].mean(0), x[y == fashion.label_names.index("bag")].mean(0)
+    assert trousers[2:26, 14, 0].mean() < bag[8:24, 14, 0].mean()  # the gap between two legs
+    splits = split_images(fashion, 600)
+    assert len(splits["train"][0]) == 54_000 and np.bincount(splits["val"][1]).tolist() == [600] * 10
