@@ -1,8 +1,8 @@
 """The comparison: which arms there are, each with its own learning-rate sweep, and their runs over seeds.
 
-Rules, alike for all arms: the trials of a sweep are full-length runs of the first seed, `TRIALS` of them a size, a
-factor 2 apart; where the best is at an edge, the sweep goes on beyond it. The rate with the lowest validation loss
-is used for every seed. A choice between variants (the best conditioning) is made on validation images, too.
+Rules, alike for all arms: the trials of a sweep are full-length runs of the first seed, `profile.trials` of them a
+size, a factor 2 apart; where the best is at an edge, the sweep goes on beyond it. The rate with the lowest validation
+loss is used for every seed. A choice between variants (the best conditioning) is made on validation images, too.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import pandas as pd
 from .config import Profile, RunConfig
 from .experiment import Run, operations, run_many
 
-TRIALS = 4  # learning rates of an arm and size; more where the best is at an edge
-MAX_TRIALS = 8
-FACTOR = 2.0
+FACTOR = 2.0  # between the learning rates of a sweep
 UNIVERSALS = ("universal_token", "universal_additive", "universal_film", "universal_adaln")
 
 
@@ -140,7 +138,8 @@ class Study:
 
     def sweep(self, *names: str) -> pd.DataFrame:
         """Every trial of these arms: arm, d_s, lr, val_loss, best, at_edge, seconds. Trains what is missing."""
-        first = [k - TRIALS // 2 + 1 for k in range(TRIALS)]
+        n_trials = self.profile.trials
+        first = [k - n_trials // 2 + 1 for k in range(n_trials)]
         powers = {name: {s: list(first) for s in self._sizes(name)} for name in names}
         while True:
             trials = {name: self._trials(name, powers[name]) for name in names}
@@ -155,7 +154,7 @@ class Study:
                     losses = {k: r.result["val"][member or f"d{size}"] for k, r in found.items()}
                     best = min(losses, key=losses.get)
                     edge = best in (ks[0], ks[-1])
-                    if edge and len(ks) < MAX_TRIALS:
+                    if edge and len(ks) < self.profile.max_trials:
                         powers[name][size] = [*ks, best + (1 if best == ks[-1] else -1)]
                         again = True
                     for k in ks:

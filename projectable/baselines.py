@@ -34,6 +34,10 @@ class Model(nn.Module):
         (member,) = self.members
         return {member: [p for p in self.parameters() if p.requires_grad]}
 
+    def rate_factor(self, name: str) -> float:
+        """By how much the parameter of that name learns faster than its member's learning rate says."""
+        return 1.0
+
     def losses(self, task_ids: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """Nats per token of every member on its tasks: {member: (T,)}; tokens (T, B, N)."""
         return {m: task_losses(self.weights(m, task_ids), tokens, self.shape.d_head) for m in self.members}

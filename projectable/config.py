@@ -18,7 +18,7 @@ class DataConfig:
 
     dataset: str = "fashion"  # fashion, digits
     tasks: str = "classes"  # classes, clustersK
-    vocab_size: int = 256  # codes of the codebook
+    vocab_size: int = 128  # codes of the codebook
     patch: int = 4  # pixels
     val_per_class: int = 600  # images held back for every choice
 
@@ -86,31 +86,69 @@ class Profile:
     images_per_task: int
     tasks_per_step: int
     seeds: tuple[int, ...]
+    trials: int  # learning rates of an arm and size …
+    max_trials: int  # … and as many at most, where the best is at an edge
     n_clusters: int
     eval_every: int
     val_images: int
-    source_lr: float = 1e-2
+
+    @property
+    def clusters(self) -> DataConfig:
+        """The same images with clusters as tasks."""
+        return replace(self.data, tasks=f"clusters{self.n_clusters}")
 
 
 PROFILES = {
     "smoke": Profile(
-        "smoke",
-        DataConfig("digits", "classes", 32, 2, 20),
-        32,
-        2,
-        (8, 16, 24),
-        40,
-        40,
-        4,
-        10,
-        (0, 1),
-        16,
-        20,
-        20,
+        name="smoke",  # no evidence: it shows that everything runs
+        data=DataConfig("digits", vocab_size=32, patch=2, val_per_class=20),
+        d_source=32,
+        n_layers=2,
+        sizes=(8, 16, 24),
+        source_steps=20,
+        joint_steps=20,
+        images_per_task=4,
+        tasks_per_step=10,
+        seeds=(0, 1),
+        trials=2,
+        max_trials=2,
+        n_clusters=16,
+        eval_every=10,
+        val_images=20,
     ),
-    "laptop": Profile("laptop", DataConfig(), 64, 2, (8, 16, 32), 400, 800, 4, 10, (0, 1, 2, 3, 4), 64, 200, 100),
+    "laptop": Profile(
+        name="laptop",  # two cores, no GPU
+        data=DataConfig(),
+        d_source=64,
+        n_layers=2,
+        sizes=(8, 16, 32),
+        source_steps=1000,
+        joint_steps=600,
+        images_per_task=4,
+        tasks_per_step=10,
+        seeds=(0, 1, 2, 3, 4),
+        trials=4,
+        max_trials=8,
+        n_clusters=64,
+        eval_every=200,
+        val_images=100,
+    ),
     "gpu": Profile(
-        "gpu", DataConfig(), 128, 3, (8, 16, 32, 64), 4000, 8000, 24, 10, (0, 1, 2, 3, 4), 64, 500, 600, 3e-3
+        name="gpu",
+        data=DataConfig(vocab_size=256),
+        d_source=128,
+        n_layers=3,
+        sizes=(8, 16, 32, 64),
+        source_steps=4000,
+        joint_steps=8000,
+        images_per_task=24,
+        tasks_per_step=10,
+        seeds=(0, 1, 2, 3, 4),
+        trials=4,
+        max_trials=8,
+        n_clusters=64,
+        eval_every=500,
+        val_images=600,
     ),
 }
 

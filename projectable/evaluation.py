@@ -81,6 +81,13 @@ def verdict(ci_low: float, ci_high: float, seeds: int, above: float = 0.0, min_s
     return "reproduced" if ci_low > above else "not reproduced" if ci_high < above else "inconclusive"
 
 
+def judge(values, above: float = 0.0) -> dict:
+    """A claim's numbers from its statistic a seed: value, ci_low, ci_high (95 %, t), seeds, verdict."""
+    value, low, high = t_interval(values)
+    words = verdict(low, high, len(values), above)
+    return dict(value=value, ci_low=low, ci_high=high, seeds=len(values), verdict=words)
+
+
 def matching_width(sizes, universal, loss: float) -> float:
     """The width at which the universal model's loss would equal `loss`: linear in log2(width), ends extended."""
     x, y = np.log2(np.asarray(sizes, float)), np.asarray(universal, float)
@@ -113,5 +120,5 @@ def naming_accuracy(losses: Tensor) -> float:
 
 
 def bits_per_pixel(nats_per_token: float, n_tokens: int, n_pixels: int) -> float:
-    """Code length of an image's tokens, in bits per pixel (of the coded image: the codebook's own error not counted)."""
+    """Code length of an image's tokens, in bits per pixel; the codebook's own error is not counted."""
     return nats_per_token * n_tokens / math.log(2) / n_pixels

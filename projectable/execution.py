@@ -77,6 +77,7 @@ def execute(path: Path, executed: Path, parameters: dict) -> None:
     from traitlets.config import Config
 
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's warning on every start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the kernel computes little itself: runs go side by side in workers
     executed.parent.mkdir(parents=True, exist_ok=True)
     echo = _Echo()
     with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:

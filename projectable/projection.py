@@ -140,7 +140,9 @@ class Projection(nn.Module):
             "head": p_head.transpose(-1, -2) @ weights["head"] * self.read_scale,
         }
         gain, shift = self.modulation(z).squeeze(1).chunk(2, dim=1)  # each (T, 2L+1, d_s)
-        return modulated(small, 1 + gain, shift, layers)
+        small = modulated(small, 1 + gain, shift, layers)
+        # maps that do not depend on the task give plain weights, but for what carries c(t)
+        return {name: w.squeeze(0) if len(w) < len(z) else w for name, w in small.items()}
 
 
 def _times(a: Tensor, b: Tensor, g: Tensor, g_b: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -220,6 +222,12 @@ class Projectable(Model):
             parts[name] = [*self.conditioning[name].parameters(), *self.projections[name].parameters()]
         groups = {name: [p for p in ps if p.requires_grad] for name, ps in parts.items()}
         return {name: ps for name, ps in groups.items() if ps}
+
+    def rate_factor(self, name: str) -> float:
+        """Maps learn in proportion to 1/fan-in: those of neurons 4 times slower than the stream's; vectors, 10 times faster."""
+        if ".neurons." in name:
+            return self.shape.d_model / self.shape.d_mlp
+        return 10.0 if ".modulation." in name else 1.0
 
 
 @torch.no_grad()

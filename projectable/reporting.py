@@ -95,9 +95,13 @@ class Report:
         self.claims: list[dict] = []
         self.scraps: dict = {}
 
+    def save(self, name: str, df) -> None:
+        """Write a tidy table to `results/<name>.csv` without showing it."""
+        write_atomically(self.reports / "results" / f"{name}.csv", df.to_csv(index=False, float_format="%.6g"))
+
     def table(self, name: str, df, caption: str | None = None):
         """Write a tidy table to `results/<name>.csv`; returns it styled: the cell's last line shows it."""
-        write_atomically(self.reports / "results" / f"{name}.csv", df.to_csv(index=False, float_format="%.6g"))
+        self.save(name, df)
         return _styled(df, caption)
 
     def figure(self, name: str, fig, caption: str) -> None:

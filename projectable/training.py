@@ -36,9 +36,14 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def make_optimizer(model: Model, rates: dict[str, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, fused, with a parameter group a member at that member's rate."""
-    groups = [dict(params=ps, lr=rates[name], rate=rates[name]) for name, ps in model.groups().items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    """AdamW, fused: each member's parameters at that member's rate times their own factor."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups: dict[float, list] = {}
+    for member, parameters in model.groups().items():
+        for p in parameters:
+            groups.setdefault(rates[member] * model.rate_factor(names[id(p)]), []).append(p)
+    rated = [dict(params=ps, lr=rate, rate=rate) for rate, ps in groups.items()]
+    return torch.optim.AdamW(rated, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
 @torch.no_grad()
