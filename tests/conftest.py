@@ -12,11 +12,18 @@ from projectable.transformer import Shape
 DIGITS = DataConfig("digits", "classes", vocab_size=32, patch=2, val_per_class=20)
 
 
+def pytest_collection_modifyitems(items):
+    """What is fast comes first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def session_runs(tmp_path_factory):
-    """One thread, so that numbers can be compared bit by bit, and a folder for runs that no notebook reads."""
+def session_runs(tmp_path_factory, request):
+    """One thread and no GPU, so that numbers can be compared bit by bit; a folder for runs that no notebook reads."""
     torch.set_num_threads(1)
     patch = pytest.MonkeyPatch()
+    if "gpu" not in request.config.option.markexpr:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
     folder = tmp_path_factory.mktemp("runs")
     patch.setenv("PROJECTABLE_RUNS", str(folder))
     yield folder

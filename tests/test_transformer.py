@@ -136,14 +136,6 @@ def test_a_weight_without_the_task_axis_is_shared(shape, shared):
     torch.testing.assert_close(task_losses(mixed, tokens), task_losses(repeated, tokens), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.xfail(reason="a task axis of size 1 is not shared by the embedding and the loss yet", strict=True)
-def test_a_task_axis_of_one_is_shared(shape):
-    plain, tokens = initial_weights(shape), tokens_of(shape)
-    one = {name: w.unsqueeze(0).requires_grad_() for name, w in plain.items()}
-    torch.testing.assert_close(forward(one, tokens), forward(plain, tokens))
-    torch.testing.assert_close(task_losses(one, tokens), task_losses(plain, tokens))
-
-
 def test_watch_sees_what_the_writes_read(shape):
     weights, tokens, seen = initial_weights(shape), tokens_of(shape), {}
     last = hidden(weights, tokens, watch=seen.__setitem__)
