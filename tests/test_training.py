@@ -44,12 +44,15 @@ def test_schedule():
     assert schedule(0, 100, 0) == 1.0
 
 
-def test_every_member_has_its_own_rate(digits, source):
+def test_every_parameter_has_its_members_rate_times_its_own_factor(digits, source):
     config = tiny_projectable(sizes=(8, 16), lr=(0.5, 0.25), source_lr=0.125)
     model = experiment.build(config, digits)
-    groups = make_optimizer(model, config.rates(), 0.0).param_groups
-    by_member = {name: next(g["lr"] for g in groups if g["params"][0] is ps[0]) for name, ps in model.groups().items()}
-    assert by_member == {"source": 0.125, "d8": 0.5, "d16": 0.25}
+    rate = {id(p): g["lr"] for g in make_optimizer(model, config.rates(), 0.0).param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        member = next((m for m in ("d8", "d16") if f".{m}." in name), "source")
+        assert rate.pop(id(parameter)) == config.rates()[member] * model.rate_factor(name), name
+    assert not rate
+    assert model.rate_factor("conditioning.d8.table") == model.rate_factor("source.plain.qkv") == 1
 
 
 @pytest.mark.parametrize("block", [3, 20, 1000])
