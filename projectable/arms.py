@@ -34,16 +34,18 @@ class Arm:
         return self.lr[max([s for s in self.lr if s <= size], default=min(self.lr))]
 
 
-_UNIVERSAL = {8: 2.8e-2, 16: 2.8e-2, 32: 1.4e-2}
-_MAPS = {8: 1e-3, 16: 1e-3, 32: 7e-4}
+_UNIVERSAL = {8: 4e-2, 16: 2.8e-2, 32: 2e-2}
+_SPECIALIST = {8: 2.8e-2, 16: 1.4e-2, 32: 5e-3}
+_TUNED = {8: 1e-2, 16: 7e-3, 32: 3e-3}
+_MAPS = {8: 2.4e-3}
 
 
-def _projected(words: str, start: str = "source", **options) -> Arm:
-    return Arm(words, "projectable", _MAPS, "joint", start, options)
+def _projected(words: str, lr: dict[int, float] = _MAPS, **options) -> Arm:
+    return Arm(words, "projectable", lr, "joint", "source", options)
 
 
 ARMS = {
-    "source": Arm("source alone", "source", {0: 1e-2}, "source"),
+    "source": Arm("source alone", "source", {0: 1.4e-2}, "source"),
     "source_control": Arm("source, trained on without projections", "source", {0: 1e-2}, "joint", "source"),
     "universal_token": Arm("universal, task token", "universal", _UNIVERSAL, options=dict(conditioning="token")),
     "universal_additive": Arm("universal, additive", "universal", _UNIVERSAL, options=dict(conditioning="additive")),
@@ -51,14 +53,12 @@ ARMS = {
     "universal_adaln": Arm("universal, AdaLN-Zero", "universal", _UNIVERSAL, options=dict(conditioning="adaln")),
     "universal_distilled": Arm("best universal, distilled from the source", "distilled", _UNIVERSAL, start="source"),
     "universal_matched": Arm("best universal, the projections' compute", "universal", _UNIVERSAL, "matched"),
-    "specialists": Arm("specialists from scratch", "specialists", _UNIVERSAL),
-    "specialists_tuned": Arm(
-        "specialists, tuned from the best universal", "specialists", {8: 1e-2, 16: 1e-2, 32: 5e-3}, "joint", "universal"
-    ),
+    "specialists": Arm("specialists from scratch", "specialists", _SPECIALIST),
+    "specialists_tuned": Arm("specialists, tuned from the best universal", "specialists", _TUNED, "joint", "universal"),
     "projected": _projected("projected", family="Linear", z_dim=8),
     "projected_few_dims": _projected("projected, task vectors of 3 dimensions", family="Linear", z_dim=3),
-    "static_token": _projected("over-parametrised universal (StaticToken)", family="Static"),
-    "static": _projected("one model for all tasks (Static)", family="Static", use_task_embedding=False),
+    "static_token": _projected("over-parametrised universal (StaticToken)", {8: 5e-3}, family="Static"),
+    "static": _projected("one model for all tasks (Static)", {8: 5e-3}, family="Static", use_task_embedding=False),
     "bank_trained": _projected("random source, trained", family="Linear", z_dim=8, source_mode="random_trained"),
     "bank_frozen": _projected("random source, frozen", family="Linear", z_dim=8, source_mode="random_frozen"),
     "source_frozen": _projected("projected, source frozen", family="Linear", z_dim=8, source_mode="frozen"),
@@ -124,11 +124,11 @@ class Study:
         return (self.profile.d_source,) if ARMS[name].model == "source" else self.sizes
 
     def _trials(self, name: str, powers: dict[int, list[int]]) -> dict[tuple[int, int], RunConfig]:
-        """{(size, power): config}: rate = middle · FACTOR^(power − ½). Projections train all sizes in one run."""
+        """{(size, power): config}: rate = middle · FACTOR^power. Projections train all sizes in one run."""
         seed, arm = self.profile.seeds[0], ARMS[name]
 
         def rate(size: int, power: int) -> float:
-            return float(f"{arm.middle(size) * FACTOR ** (power - 0.5):.2g}")
+            return float(f"{arm.middle(size) * FACTOR**power:.2g}")
 
         if arm.model == "projectable":
             every = sorted({k for ks in powers.values() for k in ks})
@@ -139,7 +139,7 @@ class Study:
     def sweep(self, *names: str) -> pd.DataFrame:
         """Every trial of these arms: arm, d_s, lr, val_loss, best, at_edge, seconds. Trains what is missing."""
         n_trials = self.profile.trials
-        first = [k - n_trials // 2 + 1 for k in range(n_trials)]
+        first = [k - (n_trials - 1) // 2 for k in range(n_trials)]
         powers = {name: {s: list(first) for s in self._sizes(name)} for name in names}
         while True:
             trials = {name: self._trials(name, powers[name]) for name in names}

@@ -131,6 +131,10 @@ class Distilled(Universal):
         self.__dict__["teacher"] = teacher.requires_grad_(False)  # no submodule: it is neither trained nor saved here
         self.share = share
 
+    def _apply(self, fn, recurse=True):  # where this model moves, the teacher goes along
+        self.teacher._apply(fn)
+        return super()._apply(fn, recurse)
+
     def losses(self, task_ids: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         if not torch.is_grad_enabled():
             return super().losses(task_ids, tokens)

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from multiprocessing import get_context
@@ -102,27 +103,25 @@ def data_for(config: DataConfig) -> TaskData:
 
 def build(config: RunConfig, data: TaskData) -> Model:
     """The untrained model of a config, on the CPU; its random numbers come from the config's seed."""
-    torch.manual_seed(config.seed)
+    start = run(config.start).model() if config.start is not None else None
+    torch.manual_seed(config.seed)  # after the start was built, which draws from its own seed
     options, length = dict(config.options), data.codebook.length
     if config.model == "source":
         source = Universal(config.shape(length), data.n_tasks, member="source", **options)
-        if config.start is not None:
-            source.load_state_dict(run(config.start).model().state_dict())
+        if start is not None:
+            source.load_state_dict(start.state_dict())
         return source
     if config.model == "projectable":
-        source = run(config.start).model()
-        return Projectable(source, data.n_tasks, config.sizes, data.first("train", 20), seed=config.seed, **options)
+        return Projectable(start, data.n_tasks, config.sizes, data.first("train", 20), seed=config.seed, **options)
     shape = config.shape(length, *config.sizes)
     if config.model == "universal":
         return Universal(shape, data.n_tasks, **options)
     if config.model == "distilled":
-        return Distilled(shape, data.n_tasks, teacher=run(config.start).model(), **options)
+        return Distilled(shape, data.n_tasks, teacher=start, **options)
     if config.model == "specialists":
-        start = None
-        if config.start is not None:
+        if start is not None:
             with torch.no_grad():
-                universal = run(config.start).model()
-                start = universal.weights(universal.members[0], torch.arange(data.n_tasks))
+                start = start.weights(start.members[0], torch.arange(data.n_tasks))
         return Specialists(shape, data.n_tasks, start)
     raise ValueError(f"unknown model {config.model!r}; allowed: {', '.join(MODELS)}")
 
@@ -258,6 +257,15 @@ def _work(config: RunConfig, test: bool) -> None:
         run(config).test_losses()
 
 
+@cache
+def _pool():
+    """The workers, kept between calls: importing torch takes longer than a small run."""
+    context = get_context("spawn")
+    queue = context.Queue()
+    threads = 1 if workers() > 1 else torch.get_num_threads()
+    return ProcessPoolExecutor(workers(), context, _start_worker, (queue, threads)), queue
+
+
 def workers() -> int:
     """How many runs go side by side: one a core, one thread each; a single one on a GPU."""
     return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)))
@@ -268,7 +276,7 @@ def run_many(configs: list[RunConfig], words: str = "training", test: bool = Fal
 
     `test=True` also evaluates them on test images. Raises the first error, after the others have been saved.
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     todo = {folder_of(c): c for c in configs if not is_done(c) or test and not (folder_of(c) / "test.json").exists()}
     if not todo:
@@ -283,31 +291,26 @@ def run_many(configs: list[RunConfig], words: str = "training", test: bool = Fal
     def rest(c: RunConfig) -> float:
         return 0.0 if is_done(c) else operations(c) - (operations(c.start) if c.start else 0.0)
 
-    context = get_context("spawn")
-    queue = context.Queue()
-    threads = 1 if workers() > 1 else torch.get_num_threads()
     total = sum(map(rest, order))
-    pool = ProcessPoolExecutor(workers(), context, _start_worker, (queue, threads))
-    with (
-        tqdm(total=total / 1e9, unit="GMAC", desc=f"{words}, {len(order)} runs", mininterval=5, bar_format=BAR) as bar,
-        pool,
-    ):
-        waiting = {pool.submit(_work, c, test): c for c in order}
-        errors = []
-        try:
-            while waiting:
-                done, _ = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
-                while not queue.empty():
-                    bar.update(min(queue.get() / 1e9, max(bar.total - bar.n, 0)))
-                for future in done:
-                    waiting.pop(future)
-                    if future.exception() is not None:
-                        errors.append(future.exception())
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(pool._processes.values()):
-                process.terminate()
-            raise
+    bar = tqdm(total=total / 1e9, unit="GMAC", desc=f"{words}, {len(order)} runs", mininterval=5, bar_format=BAR)
+    pool, queue = _pool()
+    waiting = {pool.submit(_work, c, test) for c in order}
+    errors = []
+    try:
+        while waiting:
+            done, waiting = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
+            while not queue.empty():
+                bar.update(min(queue.get() / 1e9, bar.total - bar.n))
+            errors += [future.exception() for future in done if future.exception() is not None]
+    except KeyboardInterrupt:  # the workers go at once; what they had is in their checkpoints
+        _pool.cache_clear()
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
+    bar.update(bar.total - bar.n)
+    bar.close()
+    if any(isinstance(error, BrokenProcessPool) for error in errors):
+        _pool.cache_clear()  # a worker was killed: the next call starts new ones
     if errors:
         raise errors[0]
     return [Run(c, folder_of(c)) for c in configs]

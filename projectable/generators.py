@@ -38,7 +38,7 @@ class Generator(nn.Module):
 
     def __init__(self, base: Tensor, z_dim: int):
         super().__init__()
-        self.base = nn.Parameter(base.clone())
+        self.base = nn.Parameter(base.clone(memory_format=torch.contiguous_format))
         self.z_dim = z_dim
 
     def forward(self, z: Tensor) -> Tensor:  # (T, K) → (T, S, m, n)

@@ -104,6 +104,13 @@ def _unpack(tensors: dict[str, Tensor], model: Model, optimizer, best: _Best) ->
     torch.set_rng_state(tensors["rng"])
 
 
+def _diverged(loss: float, step: int, config: RunConfig) -> DivergedError:
+    return DivergedError(
+        f"the loss is {loss} at step {step} of {config.steps}; the last good checkpoint is kept. "
+        f"Try lower learning rates than {config.rates()}, or a longer warm-up than {config.warmup} steps"
+    )
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What training leaves beside the model."""
@@ -157,10 +164,7 @@ def train(
         total = sum(weight[member] * loss.mean() for member, loss in losses.items())
         value = total.item()
         if not math.isfinite(value):
-            raise DivergedError(
-                f"the loss is {value} at step {step + 1} of {config.steps}; the last good checkpoint is kept. "
-                f"Try lower learning rates than {rates}, or a longer warm-up than {config.warmup} steps"
-            )
+            raise _diverged(value, step + 1, config)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         for parameters in groups:
@@ -178,7 +182,10 @@ def train(
                 history.append(dict(step=step, member=member, split="train", loss=mean))
                 history.append(dict(step=step, member=member, split="val", loss=val[member].mean().item()))
                 running[member].clear()
-            best.see(sum(v.mean().item() for v in val.values()), step, model)
+            mean = sum(v.mean().item() for v in val.values()) / len(val)
+            if not math.isfinite(mean):
+                raise _diverged(mean, step, config)
+            best.see(mean, step, model)
             if config.patience and best.bad >= config.patience:
                 break
         if checkpoint is not None and (
