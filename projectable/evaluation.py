@@ -21,15 +21,16 @@ from .transformer import forward
 
 
 def loss_table(runs: dict[str, list[Run]], data: TaskData) -> pd.DataFrame:
-    """Test losses of finished runs, tidy: arm, d_s, seed, task, loss (nats per token)."""
-    rows = []
+    """Test losses of finished runs, tidy: arm, d_s, seed, task, loss (nats per token), bits_per_pixel."""
+    book, rows = data.codebook, []
+    bits = bits_per_pixel(1.0, book.length, book.height * book.width)
     for arm, arm_runs in runs.items():
         for run in arm_runs:
             for member, losses in run.test_losses().items():
                 d_s = run.config.d_source if member == "source" else int(member[1:])
                 name = arm if member != "source" or run.config.model == "source" else f"{arm}: source"
                 rows += [
-                    dict(arm=name, d_s=d_s, seed=run.config.seed, task=task, loss=loss)
+                    dict(arm=name, d_s=d_s, seed=run.config.seed, task=task, loss=loss, bits_per_pixel=loss * bits)
                     for task, loss in zip(data.task_names, losses.tolist(), strict=True)
                 ]
     return pd.DataFrame(rows)
@@ -120,5 +121,5 @@ def naming_accuracy(losses: Tensor) -> float:
 
 
 def bits_per_pixel(nats_per_token: float, n_tokens: int, n_pixels: int) -> float:
-    """Code length of an image's tokens, in bits per pixel; the codebook's own error is not counted."""
+    """Code length of an image's tokens, in bits per pixel, without the codebook's own error."""
     return nats_per_token * n_tokens / math.log(2) / n_pixels

@@ -13,6 +13,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
+from projectable.evaluation import t_interval
+
 LOSS = "test loss (nats per token)"
 SIZE = "embedding size of the small model, $d_s$"
 
@@ -86,18 +88,6 @@ def looks(arms) -> dict[str, dict]:
 def label_of(arm) -> str:
     """An arm's name as a legend shows it."""
     return str(arm).replace("_", " ")
-
-
-def t_interval(values) -> tuple[float, float, float]:
-    """Mean and the ends of its 95 % interval by Student's t; NaN ends for fewer than two values."""
-    from scipy import stats
-
-    values = np.asarray(values, dtype=float)
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, float("nan"), float("nan")
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return mean, mean - half, mean + half
 
 
 def _panels(count: int, width: float = 8.0, height: float = 4.5, sharey: bool = True):

@@ -270,6 +270,23 @@ def build_index(profile: str) -> None:
     write_atomically(reports / "index.html", page.index_html(profile, claims, notebooks, reports / "figures"))
 
 
+def write_readme_claims() -> None:
+    """Write the reference run's claims into README.md, between its two `claims` comments, if it has them."""
+    path = root() / "README.md"
+    before, mark, rest = (path.read_text() if path.exists() else "").partition("<!-- claims: ")
+    head, end, after = rest.partition("<!-- /claims -->")
+    claims = _read_json(reports_dir("laptop") / "claims.json", [])
+    if not (mark and end and claims):
+        return
+    rows = ["| claim | verdict | statistic | value [95 % interval] | seeds |", "|---|---|---|---|---|"]
+    for c in claims:
+        verdict = c["verdict"] if c["verdict"] == "reproduced" else f"**{c['verdict']}**"
+        cells = (c["claim"], verdict, c["statistic"], page.interval(c), c["seeds"])
+        rows.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
+    comment = head.partition("-->")[0] + "-->"
+    write_atomically(path, "\n".join([before + mark + comment, *rows, end + after]))
+
+
 # -------------------------------------------------------------------------------------------- the whole thing
 
 
@@ -335,6 +352,8 @@ def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None) -> 
             if status.status != "ok":
                 failed.append(path.stem)
                 print(f"        {status.error}", flush=True)
+    if profile == "laptop":
+        write_readme_claims()
     print(f"reports: {reports_dir(profile) / 'index.html'}")
     if failed:
         print(f"failed: {', '.join(failed)}")
@@ -351,4 +370,6 @@ def report(profile: str) -> int:
                 count += 1
         merge_claims(profile)
         build_index(profile)
+    if profile == "laptop":
+        write_readme_claims()
     return count

@@ -164,7 +164,7 @@ def test_index_lists_claims_and_notebooks(ran):
     reports, _ = ran
     html = (reports / "index.html").read_text()
     assert "not a numerical reproduction" in html
-    assert "Small is &lt;beautiful&gt;" in html and "0.50 [0.40, 0.60]" in html
+    assert "Small is &lt;beautiful&gt;" in html and "0.500 [0.400, 0.600]" in html
     assert '<span class="badge reproduced">reproduced</span>' in html
     assert all(f'href="{name}.html"' in html for name in ("00_good", "01_bad", "02_last"))
     assert html.count("<img") == 1  # the claim's thumbnail
@@ -274,7 +274,7 @@ def test_numbers_for_people():
     assert page.number(float("nan")) == "–" and page.number(True) == "True"
     assert [page.duration(s) for s in (None, 8, 200, 3900)] == ["", "8 s", "3 min 20 s", "1 h 05 min"]
     claim = {"value": 3.21, "ci_low": 3.0, "ci_high": 3.4}
-    assert page.interval(claim) == "3.21 [3.00, 3.40]"
+    assert page.interval(claim) == "3.210 [3.000, 3.400]"
     assert page.interval(claim | {"ci_low": None}) == "3.2100"
 
 
@@ -286,3 +286,16 @@ def test_table_is_shown_with_few_decimals(project):
     html = Report("00_a", "laptop").table("t", pd.DataFrame({"n": [3], "x": [1.23456789]})).to_html()
     assert "1.2346" in html and ">3<" in html
     assert (project / "reports/results/t.csv").read_text() == "n,x\n3,1.23457\n"
+
+
+def test_readme_shows_every_claim_with_failures_as_visible(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROJECTABLE_ROOT", str(tmp_path))
+    readme = tmp_path / "README.md"
+    readme.write_text("# a\n\n<!-- claims: written by a program -->\nold\n<!-- /claims -->\n\nend\n")
+    claim = dict(claim="small wins", statistic="gap", value=-0.2, ci_low=-0.3, ci_high=-0.1, seeds=5)
+    reporting.write_json(tmp_path / "reports" / "claims.json", [claim | {"verdict": "not reproduced"}])
+    for _ in range(2):  # a second time changes nothing
+        reporting.write_readme_claims()
+    text = readme.read_text()
+    assert "| small wins | **not reproduced** | gap | -0.200 [-0.300, -0.100] | 5 |" in text
+    assert "old" not in text and text.startswith("# a\n") and text.endswith("<!-- /claims -->\n\nend\n")

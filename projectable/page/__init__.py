@@ -43,11 +43,11 @@ def when(iso: str) -> str:
 
 
 def interval(claim: dict) -> str:
-    """`0.107 [0.091, 0.123]`, two digits of the interval's width; the value alone without one."""
+    """`0.107 [0.091, 0.123]`, two digits of the interval's width, at least three decimals; the value alone without one."""
     ends = [claim["value"], claim["ci_low"], claim["ci_high"]]
     if None in ends or ends[1] == ends[2]:
         return number(claim["value"])
-    decimals = min(max(1 - math.floor(math.log10(abs(ends[2] - ends[1]))), 0), 6)
+    decimals = min(max(1 - math.floor(math.log10(abs(ends[2] - ends[1]))), 3), 6)
     value, low, high = (f"{end:,.{decimals}f}" for end in ends)
     return f"{value} [{low}, {high}]"
 

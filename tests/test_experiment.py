@@ -1,0 +1,309 @@
+"""Runs are trained once, by whoever comes first; their folders follow what decides their numbers; many side by side."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from queue import Queue
+
+import pytest
+import torch
+from conftest import DIGITS, tiny, tiny_projectable, tiny_source
+
+from projectable import experiment
+from projectable.experiment import Run, build, data_for, folder_of, is_done, operations, run, run_many, runs_dir
+from projectable.storage import root
+from projectable.training import split_losses
+
+
+def files(folder) -> dict:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+# -------------------------------------------------------------------------------------------------------- one run
+
+
+def test_a_run_is_trained_once(universal):
+    before, seen, began = files(universal.folder), [], time.perf_counter()
+    again = run(tiny(), report=lambda *step: seen.append(step))
+    assert time.perf_counter() - began < 0.1 and seen == []
+    assert files(universal.folder) == before and again.result == universal.result
+    assert {"config.json", "history.json", "model.safetensors", "result.json"} <= before.keys()
+    assert "checkpoint.safetensors" not in before
+
+
+def test_a_run_says_what_it_found(universal, digits):
+    result, model = universal.result, universal.model()
+    assert result["val"].keys() == {"d8"} and result["best_step"] in range(10, 41, 10)
+    assert result["n_parameters"] == sum(p.numel() for p in model.parameters())
+    assert result["seconds"] > 0 and "cpu" in result["device"] or "cuda" in result["device"]
+    mine = split_losses(model, digits, "val", 10)["d8"].mean().item()
+    assert mine == pytest.approx(result["val"]["d8"], abs=1e-6)
+    assert {"step": result["best_step"], "member": "d8", "split": "val", "loss": result["val"]["d8"]} in (
+        universal.history
+    )
+
+
+def test_a_run_without_its_result_is_finished_again(other_runs):
+    config = tiny(steps=10)
+    first = run(config).model().state_dict()
+    (folder_of(config) / "result.json").unlink()
+    assert not is_done(config)
+    again = run(config).model().state_dict()
+    assert is_done(config) and all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_what_a_run_starts_from_is_trained_first(other_runs):
+    config = tiny_projectable(tiny_source(steps=10), steps=10)
+    finished = run(config)
+    assert is_done(config.start)
+    source = Run(config.start, folder_of(config.start)).model()
+    assert finished.model().source.shape == source.shape
+    assert len(list(other_runs.glob("*/result.json"))) == 2
+
+
+def test_test_losses_are_computed_once(other_runs, digits, monkeypatch):
+    finished = run(tiny(steps=10))
+    assert not (finished.folder / "test.json").exists()  # test images are not looked at before somebody asks
+    first = finished.test_losses()["d8"]
+    assert torch.equal(first, split_losses(finished.model(), digits, "test")["d8"]) and first.shape == (10,)
+    monkeypatch.setattr(experiment, "split_losses", lambda *a: pytest.fail("computed again"))
+    assert torch.equal(Run(finished.config, finished.folder).test_losses()["d8"], first)
+
+
+def test_task_data_come_back_from_the_disk_as_they_were(digits):
+    data = data_for(DIGITS)
+    assert (data.name, data.task_names, data.licence) == (digits.name, digits.task_names, digits.licence)
+    assert (data.codebook.codes == digits.codebook.codes).all() and data.codebook.length == 16
+    for split in digits.tokens:
+        assert all(torch.equal(a, b) for a, b in zip(data.tokens[split], digits.tokens[split], strict=True))
+    assert list(runs_dir().glob("data-digits-classes-*.safetensors"))
+
+
+def test_an_error_of_a_run_leaves_nothing_that_looks_finished(other_runs):
+    config = tiny(options=(("conditioning", "telepathy"),))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="unknown conditioning 'telepathy'"):
+            run(config)
+        assert not is_done(config)
+
+
+def test_unknown_model(digits):
+    with pytest.raises(ValueError, match="unknown model 'oracle'; allowed: source, universal, distilled"):
+        build(tiny(model="oracle"), digits)
+
+
+def test_rates_and_sizes_must_match():
+    with pytest.raises(ValueError, match=r"1 learning rates for 2 sizes \(8, 16\)"):
+        tiny(sizes=(8, 16))
+
+
+def test_every_model_can_be_built_trained_and_loaded(universal, source):
+    for config in (
+        tiny(model="distilled", start=tiny_source(), options=(("conditioning", "film"),), steps=2),
+        tiny(model="specialists", start=tiny(), steps=2),
+        tiny_projectable(steps=2, options={"family": "LowRank", "z_dim": 2, "layout": "per_matrix", "rank": 2}),
+        tiny_source(start=tiny_source(), steps=2),
+    ):
+        losses = run(config).test_losses()
+        assert all(torch.isfinite(x).all() for x in losses.values()), config.model
+
+
+# ---------------------------------------------------------------------------------------------- what decides a run
+
+
+def test_the_folder_follows_everything_that_decides_the_numbers():
+    configs = [
+        tiny(),
+        tiny(seed=1),
+        tiny(lr=(2e-2,)),
+        tiny(steps=41),
+        tiny(data=DIGITS.__class__("digits", "clusters4", 32, 2, 20)),
+        tiny(options=(("conditioning", "film"),)),
+        tiny(start=tiny()),
+        tiny(start=tiny(seed=1)),
+    ]
+    assert len({folder_of(config) for config in configs}) == len(configs)
+    assert folder_of(tiny()) == folder_of(tiny(steps=40))
+
+
+def test_the_folder_follows_the_code(monkeypatch):
+    before = folder_of(tiny())
+    monkeypatch.setattr(experiment, "_fingerprint", lambda part: "other code")
+    assert folder_of(tiny()) != before
+
+
+CODE = '''"""Docstring."""
+def double(x):
+    """Twice x."""
+    return 2 * x  # comment
+class A:
+    """More words."""
+    size = 3
+'''
+
+
+def test_code_counts_comments_and_docstrings_do_not(tmp_path):
+    def fingerprint(code):
+        path = tmp_path / f"module{len(list(tmp_path.iterdir()))}.py"
+        path.write_text(code)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return experiment._code_of(module)
+
+    before = fingerprint(CODE)
+    same = CODE.replace("Docstring.", "Other.").replace("Twice x.", "Doubled.").replace("# comment", "")
+    assert fingerprint(same.replace("More words.", "Fewer.").replace("2 * x", "2*x")) == before
+    for old, new in (("2 * x", "3 * x"), ("size = 3", "size = 4"), ("return 2", "return -2")):
+        assert fingerprint(CODE.replace(old, new)) != before
+
+
+def test_operations_by_hand(source):
+    shape = tiny().shape(16, 8)
+    tokens = 40 * 10 * 4 * 16  # steps, tasks, images, tokens
+    assert operations(tiny()) == 3 * shape.n_operations() * tokens
+    big = tiny().shape(16)
+    assert operations(tiny_source()) == 3 * big.n_operations() * tokens
+    both = 3 * (shape.n_operations() + big.n_operations()) * tokens
+    assert operations(tiny_projectable()) == both + operations(tiny_source())
+    frozen = tiny_projectable(options={"source_mode": "frozen"})
+    assert operations(frozen) == 3 * shape.n_operations() * tokens + operations(tiny_source())
+
+
+@pytest.mark.xfail(reason="building the start seeds the generator again", strict=True)
+def test_the_seed_of_a_run_decides_its_random_numbers_not_that_of_its_start(source, digits):
+    one, two = (build(tiny_projectable(tiny_source(), seed=seed), digits) for seed in (0, 1))
+    assert not torch.equal(one.conditioning["d8"].table, two.conditioning["d8"].table)
+
+
+def test_building_twice_gives_the_same_model(source, digits):
+    for config in (tiny(), tiny_projectable(options={"family": "LowRank"})):
+        one, two = (build(config, digits).state_dict() for _ in range(2))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+# ------------------------------------------------------------------------------------------------ many, in parallel
+
+OTHER_PROCESS = """
+import time
+from conftest import tiny
+from projectable import experiment
+def slowly(step, steps, loss):
+    print(step, flush=True)
+    time.sleep(0.02)
+experiment.run(tiny(), slowly)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_want_the_same_run_train_it_once(universal, other_runs):
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER_PROCESS],
+        cwd=root(),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root()), str(root() / "tests")]), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        try:
+            assert other.stdout.readline() == "1\n"
+            seen = []
+            mine = run(tiny(), lambda *step: seen.append(step))  # waits for the other one
+            assert other.stdout.read().split() == [str(i) for i in range(2, 41)] and other.wait() == 0
+        finally:
+            other.kill()
+    assert seen == []
+    assert mine.folder.parent == other_runs and mine.history == universal.history
+
+
+GOOD = {
+    "universal": tiny(),
+    "projectable": tiny_projectable(),
+    "specialists": tiny(model="specialists", lr=(3e-3,)),
+}
+BAD = tiny(options=(("conditioning", "telepathy"),))
+
+
+@pytest.fixture(scope="module")
+def side_by_side(tmp_path_factory):
+    """Three good runs, one of which needs a start, and a bad one among them, on two workers; and the error."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PROJECTABLE_RUNS", str(tmp_path_factory.mktemp("many")))
+    patch.setenv("PYTHONPATH", str(root()))
+    patch.setattr(experiment, "workers", lambda: 2)
+    experiment._pool.cache_clear()  # workers that another test may have started write elsewhere
+    error = None
+    try:
+        run_many([GOOD["universal"], BAD, GOOD["projectable"], GOOD["specialists"]], test=True)
+    except ValueError as raised:
+        error = raised
+    experiment._pool()[0].shutdown()
+    experiment._pool.cache_clear()
+    yield {name: Run(config, folder_of(config)) for name, config in GOOD.items()}, error
+    patch.undo()
+
+
+@pytest.mark.slow
+def test_an_error_is_raised_after_the_others_are_saved(side_by_side):
+    runs, error = side_by_side
+    assert "unknown conditioning 'telepathy'" in str(error)
+    assert all((r.folder / "result.json").exists() and (r.folder / "test.json").exists() for r in runs.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GOOD)
+def test_side_by_side_gives_the_same_numbers_as_alone(side_by_side, session_runs, name, monkeypatch):
+    theirs = side_by_side[0][name]
+    monkeypatch.setenv("PROJECTABLE_RUNS", str(session_runs))
+    mine = run(theirs.config)
+    assert mine.folder != theirs.folder
+    assert mine.history == theirs.history and mine.result["best_step"] == theirs.result["best_step"]
+    a, b = mine.model().state_dict(), theirs.model().state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    for member, losses in mine.test_losses().items():
+        assert torch.equal(losses, theirs.test_losses()[member])
+
+
+@pytest.mark.slow
+def test_what_is_there_is_found_again_in_the_order_asked_for(side_by_side, monkeypatch):
+    runs = side_by_side[0]
+    monkeypatch.setenv("PROJECTABLE_RUNS", str(runs["universal"].folder.parent))
+    monkeypatch.setattr(experiment, "_pool", lambda: pytest.fail("trained again"))
+    wanted = [GOOD["specialists"], GOOD["universal"], GOOD["specialists"]]
+    found = run_many(wanted, test=True)
+    assert [r.config for r in found] == wanted and [r.folder for r in found] == [folder_of(c) for c in wanted]
+
+
+class Inline:
+    """In place of a pool: the first one loses its worker, as when memory runs out; later ones work in this process."""
+
+    made = 0
+
+    def __init__(self, *arguments):
+        Inline.made += 1
+        self.broken = Inline.made == 1
+
+    def submit(self, work, *arguments):
+        future = Future()
+        if self.broken:
+            future.set_exception(BrokenProcessPool("a worker was killed"))
+        else:
+            future.set_result(work(*arguments))
+        return future
+
+
+@pytest.mark.xfail(reason="the broken pool is kept for the next call", strict=True)
+def test_after_a_killed_worker_the_next_call_goes_on(other_runs, monkeypatch):
+    monkeypatch.setattr(experiment, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(experiment, "_progress", Queue())
+    experiment._pool.cache_clear()
+    try:
+        with pytest.raises(BrokenProcessPool):
+            run_many([tiny(steps=10)])
+        (finished,) = run_many([tiny(steps=10)])
+        assert is_done(finished.config)
+    finally:
+        experiment._pool.cache_clear()

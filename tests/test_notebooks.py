@@ -1,0 +1,117 @@
+"""Every notebook through papermill at the smoke setting, once; then what they recorded is checked, not only that they ran."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from projectable import reporting
+from projectable.arms import ARMS
+from projectable.config import get_profile
+
+pytestmark = [pytest.mark.slow, pytest.mark.notebook]
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+SMOKE = get_profile("smoke")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """The reports of one smoke run of all notebooks, in a project folder of their own."""
+    root = tmp_path_factory.mktemp("project")
+    shutil.copytree(NOTEBOOKS, root / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PROJECTABLE_ROOT", str(root))
+    patch.setenv("PROJECTABLE_RUNS", str(root / "runs"))
+    assert reporting.reproduce("smoke") == 0
+    yield root / "reports" / "smoke"
+    patch.undo()
+
+
+def recorded(reports: Path, notebook: str) -> dict:
+    return json.loads((reports / "results" / f"{notebook}.json").read_text())
+
+
+def test_every_notebook_ends_well(reports):
+    for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
+        status = json.loads((reports / "results" / "status" / f"{path.stem}.json").read_text())
+        assert (status["status"], status["error"]) == ("ok", "")
+        assert (reports / f"{path.stem}.html").stat().st_size > 10_000
+
+
+def test_pages_need_nothing_from_outside(reports):
+    for page in reports.glob("*.html"):
+        html = page.read_text()
+        loaded = re.findall(r"""(?:src|href)\s*=\s*["']([^"']+)|url\(([^)]+)\)""", html)
+        outside = {a or b for a, b in loaded if not (a or b).startswith(("data:", "#")) and "://" in (a or b)}
+        assert outside <= {"https://arxiv.org/abs/2506.05641"}, page.name
+        assert "<script src" not in html and "@import" not in html
+
+
+def test_quickstart_makes_a_model_smaller_than_its_source(reports):
+    found = recorded(reports, "00_quickstart")
+    assert found["source_parameters"] == n_parameters(SMOKE.d_source)
+    assert found["projected_parameters"] == n_parameters(16)
+    assert 0 < found["val_projected"] < math.log(SMOKE.data.vocab_size)
+
+
+def n_parameters(d: int) -> int:
+    """Parameters counted by hand: embedding and head, positions of 16 tokens, 12 d² a layer."""
+    return 2 * SMOKE.data.vocab_size * d + 16 * d + SMOKE.n_layers * 12 * d * d
+
+
+def test_codes_keep_the_digits_legible(reports):
+    found = recorded(reports, "01_data_and_tasks")
+    assert 15 < found["psnr_db"] < 40
+    assert found["label_bound"] == pytest.approx(math.log(10) / 16)
+
+
+def test_every_arm_and_size_has_as_many_trials(reports):
+    trials = pd.read_csv(reports / "results" / "trials.csv")
+    assert set(trials.arm) == set(ARMS)
+    counts = trials.groupby(["arm", "d_s"]).size()
+    assert set(counts) == {SMOKE.trials}
+    for (arm, _), rows in trials.groupby(["arm", "d_s"]):
+        assert rows.best.sum() == 1 and rows.val_loss[rows.best].item() == rows.val_loss.min(), arm
+        assert rows.lr.is_unique
+
+
+def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
+    claims = {c["id"]: c for c in json.loads((reports / "claims.json").read_text())}
+    small, middle, large = SMOKE.sizes
+    expected = {f"headline.d{s}" for s in SMOKE.sizes} | {f"headline.specialists.d{s}" for s in SMOKE.sizes}
+    expected |= {f"headline.widens.{small}_{middle}", f"headline.widens.{middle}_{large}", "source.kept"}
+    expected |= {f"headline.few_dims.d{small}", f"headline.clusters.d{small}"}
+    expected |= {f"explained.{what}.d{s}" for what in ("source", "task") for s in SMOKE.sizes}
+    assert expected <= set(claims)
+    losses = pd.read_csv(reports / "results" / "test_losses.csv")
+    mean = losses.groupby(["arm", "d_s", "seed"]).loss.mean()
+    for s in SMOKE.sizes:
+        gap = (mean["universal", s] - mean["projected", s]).to_numpy()
+        claim = claims[f"headline.d{s}"]
+        assert claim["value"] == pytest.approx(gap.mean(), abs=1e-4)
+        half = 12.7062 * abs(gap[0] - gap[1]) / 2  # Student's t, one degree of freedom: t · s/√2, s = |a − b|/√2
+        assert claim["ci_high"] - claim["value"] == pytest.approx(half, abs=1e-3)
+    for claim in claims.values():
+        assert claim["seeds"] == len(SMOKE.seeds)
+        assert claim["verdict"] == "inconclusive", "two seeds are no evidence"
+        assert claim["ci_low"] <= claim["value"] <= claim["ci_high"]
+
+
+def test_the_index_leads_to_every_claim_and_page(reports):
+    html = (reports / "index.html").read_text()
+    for claim in json.loads((reports / "claims.json").read_text()):
+        assert claim["claim"] in html
+    for path in NOTEBOOKS.glob("[0-9]*.ipynb"):
+        assert f"{path.stem}.html" in html
+
+
+def test_an_unknown_parameter_or_profile_is_named():
+    path = NOTEBOOKS / "00_quickstart.ipynb"
+    with pytest.raises(Exception, match="unknown parameter colour; allowed: profile, task, d_s, steps"):
+        reporting.check_parameters(path, {"colour": 1})
+    with pytest.raises(Exception, match="unknown profile 'huge'; allowed: smoke, laptop, gpu"):
+        reporting.reproduce("huge")

@@ -1,0 +1,33 @@
+"""What the README tells people to type works."""
+
+import re
+from pathlib import Path
+
+import pytest
+from sklearn.datasets import load_digits
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+MAKEFILE = (Path(__file__).parents[1] / "Makefile").read_text()
+
+
+@pytest.mark.slow
+def test_the_ten_lines_of_python_work_on_somebodys_images(other_runs, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, shortened = re.subn(r"\b(steps)=\d+", r"\1=10", code)
+    assert shortened == 2
+    digits = load_digits()
+    keep = digits.target < 2
+    x, y = digits.images[keep][..., None].astype("float32") / 16, digits.target[keep]
+    names = dict(x=x[:-60], y=y[:-60], x_test=x[-60:], y_test=y[-60:])
+    from projectable.tasks import images
+
+    monkeypatch.delitem(images.LOADERS, "mine", raising=False)  # gone again afterwards
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["images"].shape == (8, 8, 8, 1)
+    assert 0 <= names["images"].min() and names["images"].max() <= 1
+
+
+def test_every_make_target_that_it_names_exists():
+    named = set(re.findall(r"`make ([a-z]+)", README)) | set(re.findall(r"^make ([a-z]+)", README, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
+    assert {"reproduce", "test", "lab", "smoke", "bench"} <= named <= targets
