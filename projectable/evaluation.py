@@ -115,7 +115,7 @@ def swap_losses(model: Model, member: str, data: TaskData, per_task: int = 100, 
 
 
 def naming_accuracy(losses: Tensor) -> float:
-    """How often the model that finds an image most likely is that of the image's own task; (T, T, n) of `swap_losses`."""
+    """How often the model that finds an image likeliest is that of its own task; losses (T, T, n) of `swap_losses`."""
     named = losses.argmin(0)  # (T tasks, n)
     return (named == torch.arange(len(losses)).unsqueeze(1)).double().mean().item()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullLocator
 
 from projectable.evaluation import t_interval
 
@@ -117,11 +117,21 @@ def _legend(ax, entries: int) -> None:
 
 def _legend_below(fig: Figure, axes) -> None:
     """A legend for all panels, below them (inside where there is one panel only)."""
-    handles, labels = axes[0].get_legend_handles_labels()
+    entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if len(axes) == 1:
-        _legend(axes[0], len(labels))
-    elif labels:
-        fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+        _legend(axes[0], len(entries))
+    elif entries:
+        fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), 3))
+
+
+def _rate_axis(ax) -> None:
+    """A log axis of learning rates with ticks at 1, 2 and 5."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.tick_params(axis="x", labelrotation=35)
+    ax.set_xlabel("learning rate")
 
 
 def _lines_over_size(df: pd.DataFrame, group: str, value: str, ylabel: str, summary: pd.DataFrame | None):
@@ -191,7 +201,7 @@ def learning_curves(df: pd.DataFrame, ylabel: str = "loss (nats per token)") -> 
                 ax.plot(mean.index, mean.to_numpy(), label=", ".join(words) or None, **look)
         ax.set_xlabel("step")
         if size is not None:
-            ax.set_title(f"$d_s$ = {size}")
+            ax.set_title(f"width {size}")
     axes[0].set_ylabel(ylabel)
     _legend_below(fig, axes)
     return fig
@@ -212,9 +222,8 @@ def sweep_curves(df: pd.DataFrame) -> Figure:
             best = mean.idxmin()
             edge = best in (mean.index[0], mean.index[-1])
             ax.plot(best, mean[best], "X" if edge else "o", ms=11, mfc="none", mec=look["color"], mew=1.6)
-        ax.set_xscale("log")
-        ax.set_title(f"$d_s$ = {size}")
-        ax.set_xlabel("learning rate")
+        _rate_axis(ax)
+        ax.set_title(f"width {size}")
     axes[0].set_ylabel("validation loss (nats per token)")
     _legend_below(fig, axes)
     return fig
@@ -300,7 +309,7 @@ def waterfall(df: pd.DataFrame) -> Figure:
         ax.set_xlim(min(losses) - 0.08 * span, max(losses) + 0.35 * span)
         ax.set_xlabel(LOSS)
         if size is not None:
-            ax.set_title(f"$d_s$ = {size}")
+            ax.set_title(f"width {size}")
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()
     return fig

@@ -74,7 +74,7 @@ class Shape:
 
 
 def initial_weights(shape: Shape, generator: torch.Generator | None = None) -> Weights:
-    """Random weights: embeddings N(0, 0.1²·…), matrices N(0, 1/fan_in), writes to the stream scaled by 1/√(2·layers)."""
+    """Random weights: embeddings N(0, 0.3²), matrices N(0, 1/fan_in), writes to the stream smaller by √(2·layers)."""
     weights = {}
     for name, size in shape.weight_shapes().items():
         if name in ("embedding", "positions"):

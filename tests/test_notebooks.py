@@ -1,4 +1,4 @@
-"""Every notebook through papermill at the smoke setting, once; then what they recorded is checked, not only that they ran."""
+"""Every notebook through papermill at the smoke setting, once; then what they recorded is checked."""
 
 import json
 import math

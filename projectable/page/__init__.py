@@ -43,7 +43,7 @@ def when(iso: str) -> str:
 
 
 def interval(claim: dict) -> str:
-    """`0.107 [0.091, 0.123]`, two digits of the interval's width, at least three decimals; the value alone without one."""
+    """`0.107 [0.091, 0.123]`: two digits of the interval's width, at least three decimals."""
     ends = [claim["value"], claim["ci_low"], claim["ci_high"]]
     if None in ends or ends[1] == ends[2]:
         return number(claim["value"])
