@@ -28,7 +28,7 @@ from projectable.execution import (
     notebook_title,
     read_notebook,
 )
-from projectable.storage import current_commit, device, root, write_atomically
+from projectable.storage import current_commit, device, draft_of, root, write_atomically
 
 PROFILES = ("smoke", "laptop", "gpu")
 VERDICTS = ("reproduced", "not reproduced", "inconclusive")
@@ -110,11 +110,9 @@ class Report:
         from IPython.display import Image, Markdown, display
 
         path = self.reports / "figures" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        fig.savefig(draft, format="png", dpi=150, bbox_inches="tight", facecolor="white")
+        with draft_of(path) as draft:
+            fig.savefig(draft, format="png", dpi=150, bbox_inches="tight", facecolor="white")
         plt.close(fig)
-        draft.replace(path)
         display(Image(str(path), alt=caption), metadata={"figure": name})
         display(Markdown(f"<small>{caption}</small>"))
 

@@ -46,12 +46,22 @@ def current_commit() -> str:
         return "unknown"
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+@contextlib.contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """A file to write to beside `path`; it takes the place of `path` at the end, or goes where writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
-    draft.replace(path)
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    with draft_of(path) as draft:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _digest(tensors: dict[str, Tensor], about: str) -> str:
@@ -67,10 +77,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write tensors and a JSON-able description as one checksummed safetensors file, atomically."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     words = json.dumps(about, sort_keys=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, draft, {"about": words, "sha256": _digest(tensors, words)})
-    draft.replace(path)
+    with draft_of(path) as draft:
+        save_file(tensors, draft, {"about": words, "sha256": _digest(tensors, words)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:

@@ -174,7 +174,6 @@ def test_operations_by_hand(source):
     assert operations(frozen) == 3 * shape.n_operations() * tokens + operations(tiny_source())
 
 
-@pytest.mark.xfail(reason="building the start seeds the generator again", strict=True)
 def test_the_seed_of_a_run_decides_its_random_numbers_not_that_of_its_start(source, digits):
     one, two = (build(tiny_projectable(tiny_source(), seed=seed), digits) for seed in (0, 1))
     assert not torch.equal(one.conditioning["d8"].table, two.conditioning["d8"].table)
@@ -295,7 +294,6 @@ class Inline:
         return future
 
 
-@pytest.mark.xfail(reason="the broken pool is kept for the next call", strict=True)
 def test_after_a_killed_worker_the_next_call_goes_on(other_runs, monkeypatch):
     monkeypatch.setattr(experiment, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr(experiment, "_progress", Queue())

@@ -106,7 +106,6 @@ def test_a_write_that_fails_leaves_the_old_tensors(saved, monkeypatch):
     assert same(*load_tensors(saved))
 
 
-@pytest.mark.xfail(reason="what was written so far stays beside the file", strict=True)
 @pytest.mark.parametrize("kind", ["json", "tensors"])
 def test_a_write_that_fails_leaves_nothing_behind(saved, monkeypatch, kind):
     def full_disk(path, *rest):

@@ -146,13 +146,9 @@ ARMS = {
     "several sizes": lambda: tiny_projectable(sizes=(8, 16), lr=(2e-3, 1e-3), options={"p0": "slice"}),
     "early stopping": lambda: TOO_FAST.with_(patience=3, checkpoint_every=7),
 }
-STRIDED = pytest.mark.xfail(
-    reason="P₀ by PCA is a strided parameter, its optimiser state is resumed unstrided: AdamW pairs the wrong entries",
-    strict=True,
-)
 
 
-@pytest.mark.parametrize("arm", [pytest.param(arm, marks=STRIDED if arm == "projectable" else ()) for arm in ARMS])
+@pytest.mark.parametrize("arm", ARMS)
 def test_a_resumed_run_ends_bitwise_where_an_unbroken_one_does(digits, source, tmp_path, arm):
     config, checkpoint = ARMS[arm](), tmp_path / "checkpoint.safetensors"
     unbroken, expected = trained(config, digits)
@@ -207,7 +203,7 @@ experiment.run({arm}(), report)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arm, while_saving",
-    [("tiny", False), pytest.param("tiny_projectable", True, marks=STRIDED)],
+    [("tiny", False), ("tiny_projectable", True)],
     ids=["in a step", "while saving a checkpoint"],
 )
 def test_a_run_that_is_killed_goes_on_and_ends_bitwise_the_same(digits, source, other_runs, arm, while_saving):
@@ -272,7 +268,6 @@ def test_an_absurd_rate_is_an_error_or_numbers_but_never_a_silent_nan(digits):
         assert all(math.isfinite(row["loss"]) for row in outcome.history)
 
 
-@pytest.mark.xfail(reason="ends in a RuntimeError about missing keys", strict=True, raises=RuntimeError)
 def test_a_nan_of_the_last_update_is_named(digits):
     config = tiny(steps=1)
     model = experiment.build(config, digits)
