@@ -11,6 +11,7 @@ Light to import: whatever is heavy is imported where it is used.
 """
 
 import contextlib
+import csv
 import dataclasses
 import datetime
 import json
@@ -265,7 +266,9 @@ def build_index(profile: str) -> None:
         status = read_status(path, profile)
         notebooks.append(dataclasses.asdict(status) | {"page": (reports / f"{path.stem}.html").exists()})
     claims = _read_json(reports / "claims.json", [])
-    write_atomically(reports / "index.html", page.index_html(profile, claims, notebooks, reports / "figures"))
+    bench = reports / "results" / "bench.csv"  # of `make bench`
+    speed = list(csv.DictReader(bench.read_text().splitlines())) if bench.exists() else []
+    write_atomically(reports / "index.html", page.index_html(profile, claims, notebooks, reports / "figures", speed))
 
 
 def write_readme_claims() -> None:

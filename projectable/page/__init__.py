@@ -195,13 +195,13 @@ def notebook_html(nb, status: dict, folder: Path, previous: str | None = None, n
     return html
 
 
-def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures: Path) -> str:
-    """The index: headline figure, one row a claim, one row a notebook."""
+def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures: Path, speed: list[dict]) -> str:
+    """The index: headline figure, one row a claim, one row a notebook, one a benchmark (`speed`, if any was run)."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True)
     environment.filters.update(
-        interval=interval, duration=duration, when=when, slug=lambda words: words.replace(" ", "-")
+        interval=interval, duration=duration, when=when, number=number, slug=lambda words: words.replace(" ", "-")
     )
     verdicts = [claim["verdict"] for claim in claims]
     thumbs = {
@@ -218,4 +218,5 @@ def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures:
         counts=[(verdict, verdicts.count(verdict)) for verdict in dict.fromkeys(verdicts)],
         notebooks=notebooks,
         thumbs=thumbs,
+        speed=speed,
     )

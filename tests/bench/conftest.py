@@ -1,0 +1,66 @@
+"""Collects what the benchmarks compared, and writes it as a table that the index shows."""
+
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+from projectable import reporting
+from projectable.storage import current_commit, device
+
+ROWS: list[dict] = []
+
+
+def seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def median(values) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def matmul_peak() -> float:
+    """GFLOP/s of a 1024³ product in float32 on one thread: what the machine can do."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    a = torch.randn(1024, 1024)
+    best = min(seconds(lambda: a @ a) for _ in range(10))
+    ROWS.append(dict(what="matrix product, 1024³, GFLOP/s", ours_ms=None, value=2 * 1024**3 / best / 1e9))
+    return best
+
+
+@pytest.fixture
+def compare(benchmark):
+    """`compare(what, ours, other_name, other, target)`: the two in turn, so that the ratio other / ours holds where
+    the machine's speed drifts. `target` is the least ratio that was aimed at."""
+
+    def run(what, ours, other_name, other, target=None, rounds=15):
+        for _ in range(2):
+            ours(), other()
+        pairs = [(seconds(ours), seconds(other)) for _ in range(rounds)]
+        a, b = median([p[0] for p in pairs]), median([p[1] for p in pairs])
+        ratio = median([p[1] / p[0] for p in pairs])
+        row = dict(what=what, ours_ms=a * 1e3, other=other_name, other_ms=b * 1e3, ratio=ratio)
+        if target is not None:
+            row |= dict(target=f"≥ {target:.2f}", met="yes" if ratio >= target else "no")
+        ROWS.append(row)
+        benchmark.extra_info.update(row)
+        benchmark.pedantic(ours, rounds=3)
+
+    return run
+
+
+def pytest_sessionfinish(session):
+    """Write the table, and the index that shows it."""
+    if len(ROWS) < 2:
+        return
+    table = pd.DataFrame(ROWS)
+    table["device"], table["commit"], table["torch"] = device(), current_commit(), torch.__version__
+    path = reporting.reports_dir("laptop") / "results" / "bench.csv"
+    reporting.write_atomically(path, table.to_csv(index=False, float_format="%.4g"))
+    reporting.build_index("laptop")
+    print("\n" + table.drop(columns=["device", "commit", "torch"]).to_string(index=False))
