@@ -21,7 +21,7 @@ def tokens():
 def conditional(shape, conditioning, seed=0):
     """A universal model whose task terms are not zero, in float64."""
     torch.manual_seed(seed)
-    return randomise(Universal(shape, T, conditioning)).double()
+    return randomise(Universal(shape, T, conditioning), std=0.7).double()
 
 
 def explicit(plain, tokens, scale, shift, gate, d_head=8):

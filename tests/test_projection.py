@@ -151,6 +151,47 @@ def test_by_hand():
             torch.testing.assert_close(small[name], torch.tensor(values), msg=f"{layout} {name}: {small[name]}")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_maps_against_the_formula_matrix_by_matrix(big, layout):
+    """Trained maps select nothing any more: √(d/d_s) diag(1 + gain) Pᵀ W G for reads, Gᵀ W P for writes."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in big.weight_shapes().items()
+    }
+    bases = (orthonormal(BIG, SMALL), selection(BIG, COLUMNS), selection(96, NEURONS))
+    projection = randomise(Projection(big, SMALL, bases, z_dim=2, family="Linear", layout=layout).double())
+    z, c = (torch.randn(T, size, generator=generator, dtype=torch.float64) for size in (2, BIG))
+    small = projection(weights, z, c)
+    p, g, n, modulation = (
+        part(z) for part in (projection.stream, projection.heads, projection.neurons, projection.modulation)
+    )
+    root, shared = math.sqrt(BIG / SMALL), layout == "shared"
+    for t in range(T):
+        gain, shift = modulation[t, 0].view(2, 5, SMALL)  # of reads: qkv 0, qkv 1, up 0, up 1, head
+
+        def check(name, layer, expected, t=t):
+            found = small[name][t] if layer is None else small[name][t, layer]
+            assert (found - expected).abs().max() < 1e-12 * (1 + expected.abs().max()), (name, layer)
+
+        def check_read(name, layer, read, i, gain=gain, shift=shift):
+            check(name, layer, (1 + gain[i]).unsqueeze(1) * read)
+            check(f"{name}_bias", layer, shift[i] @ read)
+
+        check("embedding", None, weights["embedding"] @ p[t, 0])
+        check("positions", None, (weights["positions"] + c[t]) @ p[t, 0])
+        check_read("head", None, root * p[t, 0 if shared else 1].T @ weights["head"], 4)
+        for layer in range(2):
+            p_q, p_k, p_v, p_up, p_out, p_down = (p[t, 0 if shared else 2 + 2 * i + layer] for i in range(6))
+            g_q, g_k, g_v, g_out = (g[t, (i // 2 if shared else i) * 2 + layer] for i in range(4))
+            g_up, g_down = n[t, layer], n[t, layer if shared else 2 + layer]
+            q, k, v = weights["qkv"][layer].chunk(3, dim=1)
+            read = torch.cat([p_q.T @ q @ g_q, p_k.T @ k @ g_k, p_v.T @ v @ g_v], dim=1)
+            check_read("qkv", layer, root * read, layer)
+            check_read("up", layer, root * p_up.T @ weights["up"][layer] @ g_up, 2 + layer)
+            check("out", layer, g_out.T @ weights["out"][layer] @ p_out)
+            check("down", layer, g_down.T @ weights["down"][layer] @ p_down)
+
+
 def test_layouts_start_alike(tokens):
     ids = torch.arange(T)
     shared, apart = (model(tokens, layout=layout).weights("d8", ids) for layout in LAYOUTS)
