@@ -241,7 +241,11 @@ def _start_worker(queue, threads: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a worker does not outlive its parent
 
 
-def _work(config: RunConfig, test: bool) -> None:
+def _work(config: RunConfig, folder: Path, test: bool) -> None:
+    if folder_of(config) != folder:
+        raise RuntimeError(
+            f"the code was edited while this process ran: start it again (a worker would write {folder})"
+        )
     if not is_done(config):
         share = (operations(config) - (operations(config.start) if config.start else 0)) / config.steps
         seen = 0
@@ -258,8 +262,8 @@ def _work(config: RunConfig, test: bool) -> None:
 
 
 @cache
-def _pool():
-    """The workers, kept between calls: importing torch takes longer than a small run."""
+def _pool(runs: Path):
+    """The workers for that folder of runs, kept between calls: importing torch takes longer than a small run."""
     context = get_context("spawn")
     queue = context.Queue()
     threads = 1 if workers() > 1 else torch.get_num_threads()
@@ -293,8 +297,8 @@ def run_many(configs: list[RunConfig], words: str = "training", test: bool = Fal
 
     total = sum(map(rest, order))
     bar = tqdm(total=total / 1e9, unit="GMAC", desc=f"{words}, {len(order)} runs", mininterval=5, bar_format=BAR)
-    pool, queue = _pool()
-    waiting = {pool.submit(_work, c, test) for c in order}
+    pool, queue = _pool(runs_dir())
+    waiting = {pool.submit(_work, c, folder_of(c), test) for c in order}
     errors = []
     try:
         while waiting:

@@ -239,7 +239,7 @@ def side_by_side(tmp_path_factory):
         run_many([GOOD["universal"], BAD, GOOD["projectable"], GOOD["specialists"]], test=True)
     except ValueError as raised:
         error = raised
-    experiment._pool()[0].shutdown()
+    experiment._pool(experiment.runs_dir())[0].shutdown()
     experiment._pool.cache_clear()
     yield {name: Run(config, folder_of(config)) for name, config in GOOD.items()}, error
     patch.undo()
@@ -270,7 +270,7 @@ def test_side_by_side_gives_the_same_numbers_as_alone(side_by_side, session_runs
 def test_what_is_there_is_found_again_in_the_order_asked_for(side_by_side, monkeypatch):
     runs = side_by_side[0]
     monkeypatch.setenv("PROJECTABLE_RUNS", str(runs["universal"].folder.parent))
-    monkeypatch.setattr(experiment, "_pool", lambda: pytest.fail("trained again"))
+    monkeypatch.setattr(experiment, "_pool", lambda runs: pytest.fail("trained again"))
     wanted = [GOOD["specialists"], GOOD["universal"], GOOD["specialists"]]
     found = run_many(wanted, test=True)
     assert [r.config for r in found] == wanted and [r.folder for r in found] == [folder_of(c) for c in wanted]
