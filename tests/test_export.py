@@ -1,0 +1,423 @@
+"""A small model stands alone: the same logits bit for bit, no other file needed, damage and pickles refused, ONNX."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny, tiny_projectable
+
+import projectable
+from projectable import experiment, onnx_file
+from projectable.experiment import data_for, run
+from projectable.export import evaluate, export, write_grid
+from projectable.standalone import KEYS, VERSION, ModelError, load
+from projectable.storage import load_tensors, save_tensors
+from projectable.transformer import forward
+
+CONFIGS = {
+    "Linear, shared": lambda: tiny_projectable(sizes=(8, 16), lr=(2e-3, 2e-3), options=dict(family="Linear", z_dim=4)),
+    "Linear, per matrix": lambda: tiny_projectable(options=dict(family="Linear", z_dim=4, layout="per_matrix")),
+    "Static, shared": lambda: tiny_projectable(options=dict(family="Static", use_task_embedding=False)),
+    "StaticToken": lambda: tiny_projectable(options=dict(family="Static")),
+    "universal, FiLM": lambda: tiny(options=(("conditioning", "film"),)),
+    "universal, AdaLN": lambda: tiny(options=(("conditioning", "adaln"),)),
+    "universal, token": lambda: tiny(options=(("conditioning", "token"),)),
+    "universal, none": lambda: tiny(options=(("conditioning", "none"),)),
+    "specialists": lambda: tiny(model="specialists"),
+    "source": lambda: tiny_projectable().start,
+}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A run with two widths."""
+    return run(CONFIGS["Linear, shared"]())
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    """Task 3 at width 8, as a folder; not to be changed."""
+    return export(trained, 8, "3", tmp_path_factory.mktemp("models") / "threes")
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    """A copy of it to damage."""
+    return Path(shutil.copytree(exported, tmp_path / "threes"))
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(32, (6, 16), generator=torch.Generator().manual_seed(0))
+
+
+# ------------------------------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_logits_are_those_of_the_model_in_memory_bit_for_bit(name, tmp_path, tokens):
+    trained = run(CONFIGS[name]())
+    model = trained.model()
+    widths = {"source": 16} if name == "source" else {f"d{size}": size for size in trained.config.sizes}
+    for member, width in widths.items():
+        for task in (0, 7):
+            small = load(export(trained, width, task, tmp_path / f"{member}-{task}"))
+            with torch.no_grad():
+                expected = forward(model.weights(member, torch.tensor([task])), tokens.unsqueeze(0))[0]
+                assert torch.equal(small(tokens), expected)
+                assert torch.equal(small(tokens[:, :5]), forward(dict(small.weights), tokens[None, :, :5])[0])
+            assert small.config["n_parameters"] == sum(p.numel() for p in small.parameters())
+
+
+def test_its_losses_are_those_of_the_run(trained, exported):
+    model, data = load(exported), data_for(trained.config.data)
+    n, nats, bits = evaluate(model)
+    assert n == len(data.tokens["test"][3]) and nats == model.config["losses"]["test"]
+    assert nats == pytest.approx(trained.test_losses()["d8"][3].item(), abs=1e-5)
+    assert bits == pytest.approx(nats * 16 / np.log(2) / 64)
+    assert evaluate(model, "val")[1] == model.config["losses"]["val"]
+    x = data.tokens["test"][3][:4]
+    nll = -model(x).log_softmax(-1).gather(-1, x.unsqueeze(-1)).squeeze(-1).mean(1)
+    assert torch.allclose(model.losses(x), nll, atol=1e-6)
+
+
+def test_evaluation_refuses_other_data_and_splits(exported):
+    model = load(exported)
+    with pytest.raises(ValueError, match="unknown split 'all'; allowed: train, val, test"):
+        evaluate(model, "all")
+    model.config["data"]["patch"], model.config["data"]["vocab_size"] = 4, 16
+    with pytest.raises(ModelError, match="other codes"):
+        evaluate(model)
+
+
+def test_samples(exported):
+    model = load(exported)
+    images = model.sample(5, seed=1)
+    assert images.shape == (5, 8, 8, 1) and images.min() >= 0 and images.max() <= 1
+    assert np.array_equal(images, model.sample(5, seed=1)) and not np.array_equal(images, model.sample(5, seed=2))
+    codes = {tuple(code) for code in model.codebook.codes.reshape(32, -1).round(5)}
+    patches = images.reshape(5, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 4).round(5)
+    assert {tuple(patch) for patch in patches} <= codes
+
+
+def test_it_can_be_trained_on(exported, tokens):
+    model = load(exported)
+    before = model.losses(tokens).mean()
+    before.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.05 * p.grad
+    assert model.losses(tokens).mean() < before
+
+
+def test_wrong_tokens_are_named(exported):
+    model = load(exported)
+    for shape in ((4,), (2, 17), (2, 0), (1, 2, 3)):
+        with pytest.raises(ValueError, match=r"tokens of shape .*; allowed: \(images, 1 to 16\)"):
+            model(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_the_card_says_what_it_is(exported, trained):
+    card = (exported / "README.md").read_text()
+    for words in ("3 of digits/classes", "width 8, 1 layers", trained.folder.name, "CC BY 4.0", "seed 0", "1,496"):
+        assert words in card
+    assert f"{load(exported).config['losses']['test']:.4f} nats per token" in card
+
+
+def test_unknown_widths_and_tasks_are_named(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"unknown width 12 of .*; allowed: 8 \(d8\), 16 \(d16\), 16 \(source\)"):
+        export(trained, 12, "3", tmp_path / "x")
+    with pytest.raises(ValueError, match="unknown task 'ten'; allowed: 0, 1"):
+        export(trained, 8, "ten", tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+    assert load(export(trained, "source", "3", tmp_path / "source")).config["member"] == "source"
+    assert load(export(trained, "16", 3, tmp_path / "d16")).config["member"] == "d16"
+
+
+def test_a_folder_is_replaced_only_on_demand_and_only_a_model(trained, folder):
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ModelError, match=r"threes exists: .*overwrite"):
+        export(trained, 8, 4, folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    export(trained, 8, 4, folder, overwrite=True)
+    assert load(folder).task == "4" and [p.name for p in folder.parent.iterdir()] == ["threes"]
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(ModelError, match="holds more than an exported model: it is left alone"):
+        export(trained, 8, 3, folder, overwrite=True)
+    assert load(folder).task == "4"
+
+
+def test_a_write_that_fails_leaves_the_old_folder_and_nothing_else(trained, folder, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    for place in ("projectable.export.write_atomically", "pathlib.Path.rename"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(OSError, match="no space left"):
+                export(trained, 8, 4, folder, overwrite=True)
+        assert load(folder).task == "3" and [p.name for p in folder.parent.iterdir()] == ["threes"]
+
+
+def test_a_fresh_process_needs_neither_runs_nor_generators(exported, tmp_path, tokens):
+    np.save(tmp_path / "tokens.npy", tokens.numpy())
+    moved = shutil.copytree(exported, tmp_path / "elsewhere")
+    code = f"""
+import sys, numpy as np, projectable
+assert "torch" not in sys.modules, "importing the package is not light"
+model = projectable.load({str(moved)!r})
+import torch
+torch.set_num_threads(1)
+np.save({str(tmp_path / "logits.npy")!r}, model(torch.from_numpy(np.load({str(tmp_path / "tokens.npy")!r}))).detach())
+assert model.sample(2, seed=0).shape == (2, 8, 8, 1) and isinstance(model, projectable.SmallTransformer)
+needless = ["experiment", "generators", "projection", "baselines", "training"]
+print([name for name in needless if f"projectable.{{name}}" in sys.modules])
+"""
+    env = os.environ | dict(PROJECTABLE_RUNS=str(tmp_path / "none"), PYTHONPATH=os.pathsep.join(sys.path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]" and not (tmp_path / "none").exists()
+    assert np.array_equal(np.load(tmp_path / "logits.npy"), load(exported)(tokens).detach().numpy())
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+
+def test_damage_is_an_error_that_names_the_file_or_changes_nothing(exported, folder, tokens):
+    whole = load(exported)
+    expected, rng, refused = whole(tokens), np.random.default_rng(0), 0
+    trials = [(name, cut) for name in ("config.json", "model.safetensors", "README.md") for cut in (False, True)] * 20
+    for name, cut in trials:
+        content = (exported / name).read_bytes()
+        place = int(rng.integers(len(content)))
+        if name == "model.safetensors" and rng.random() < 0.3:
+            place = int(rng.integers(8))  # the length of its header
+        changed = bytes([content[place] ^ int(rng.integers(1, 256))])
+        (folder / name).write_bytes(content[:place] + (b"" if cut else changed + content[place + 1 :]))
+        try:
+            found = load(folder)
+        except ModelError as error:
+            refused += 1
+            assert name in str(error) and "\n" not in str(error)
+        else:
+            assert torch.equal(found(tokens), expected) and found.config == whole.config
+        (folder / name).write_bytes(content)
+    assert len(trials) == 120 and refused >= 75  # all but the card's 40 and a few blanks
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match=f"threes holds no model: {name} is missing"):
+        load(folder)
+
+
+def rewritten(folder, tensors=lambda x: x, **changes):
+    """The folder with another description and tensors, its checksum right."""
+    found, config = load_tensors(folder / "model.safetensors")
+    config |= changes
+    config = {key: value for key, value in config.items() if value is not ...}
+    save_tensors(folder / "model.safetensors", tensors(found), config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+SHAPE = dict(d_model=8, n_layers=1, d_head=8, mlp_ratio=4, vocab_size=32, length=16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(format="GGUF"), "no description of a projectable model"),
+        (dict(version=VERSION + 1), f"version={VERSION + 1}; allowed: {VERSION}"),
+        (dict(colour="red"), "unknown key 'colour'; allowed: format, version, task"),
+        (dict(licence=...), "'licence' is missing"),
+        (dict(shape=SHAPE | dict(depth=3)), "shape: unknown key 'depth'; allowed: d_model"),
+        (dict(shape=SHAPE | dict(d_head="8")), "d_head='8' is no int"),
+        (dict(shape=SHAPE | dict(d_head=0)), "d_head=0 is too small"),
+        (dict(shape=SHAPE | dict(n_layers=-1)), "n_layers=-1 is too small"),
+        (dict(shape=SHAPE | dict(d_model=12)), "d_model=12 is no multiple of d_head=8; allowed: 8, 16"),
+        (dict(shape=SHAPE | dict(d_model=16)), r"'embedding' is torch.float32 \(32, 8\); allowed: .* \(32, 16\)"),
+        (dict(shape=SHAPE | dict(n_layers=10**12)), "'qkv' is"),
+        (dict(shape=SHAPE | dict(vocab_size=31)), "'codes' is"),
+        (dict(codebook=dict(patch=4, height=8, width=8)), "'codes' is .*; allowed"),
+        (dict(codebook=dict(patch=2, height=8, width=10)), r"patches of 2 in 8×10 pixels; allowed: 16"),
+        (dict(codebook=dict(patch=2, height=8, width=9)), r"patches of 2 in 8×9 pixels; allowed: 16"),
+        (dict(transposed=["outer"]), "'outer' is no weight; allowed: "),
+        (dict(task_axis=[3]), r"task_axis=\[3\] is no list"),
+        (dict(losses=dict(test="low")), "losses=.* is no dict"),
+        (dict(n_parameters=True), "n_parameters=True is no int"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_named(folder, changes, words):
+    with pytest.raises(ModelError, match=words) as error:
+        load(rewritten(folder, **changes))
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (lambda x: x | {"extra": x["out"].clone()}, "'extra' is unknown"),
+        (lambda x: {k: w for k, w in x.items() if k != "down"}, "'down' is missing"),
+        (lambda x: {k: w for k, w in x.items() if k != "codes"}, "'codes' is missing"),
+        (lambda x: x | {"up": x["up"].mT}, r"'up' is .*; allowed: torch.float32 \(1, 8, 32\)"),
+        (lambda x: x | {"head": x["head"].half()}, "'head' is torch.float16"),
+        (lambda x: x | {"up_bias": x["up_bias"][:, 1:]}, "'up_bias' is"),
+        (lambda x: x | {"codes": x["codes"][0, 0]}, "'codes' is"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(folder, tensors, words):
+    with pytest.raises(ModelError, match=words) as error:
+        load(rewritten(folder, tensors))
+    assert "model.safetensors" in str(error.value)
+
+
+def test_files_of_two_models_do_not_mix(folder, trained, tmp_path):
+    other = export(trained, 8, 4, tmp_path / "fours")
+    shutil.copy(other / "config.json", folder)
+    with pytest.raises(ModelError, match=r"does not belong to model.safetensors: they differ in task, task_id"):
+        load(folder)
+
+
+class Trap:
+    """Unpickling it would leave a trace."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_pickles_are_refused_by_name_and_never_opened(folder, tmp_path):
+    trap = tmp_path / "sprung"
+    torch.save({"out": Trap(trap)}, tmp_path / "model.pth")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Trap(trap)))
+    for name in ("model.pth", "plain.pkl"):
+        with pytest.raises(ModelError, match=f"{name} is a pickle, which can run code"):
+            load(tmp_path / name)
+        shutil.copy(tmp_path / name, folder / "model.safetensors")  # under a false name
+        with pytest.raises(ModelError, match=r"model.safetensors is a pickle, which can run code"):
+            load(folder)
+    (folder / "model.safetensors").unlink()
+    shutil.copy(tmp_path / "model.pth", folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"model.safetensors is missing; pytorch_model.bin: pickles can run code"):
+        load(folder)
+    assert not trap.exists()
+
+
+def test_what_is_no_model_at_all(tmp_path, trained):
+    (tmp_path / "notes.txt").write_text("hello")
+    for path, words in (
+        (tmp_path / "none", "does not exist; allowed: a folder"),
+        (tmp_path / "notes.txt", "is a file"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            load(path)
+    with pytest.raises(ModelError, match="is a run, of many tasks; `projectable project"):
+        load(trained.folder)
+
+
+def test_the_description_has_no_key_that_nothing_writes(exported):
+    assert json.loads((exported / "config.json").read_text()).keys() == KEYS.keys()
+
+
+def test_a_picture_of_images(tmp_path):
+    from PIL import Image
+
+    images = np.zeros((5, 8, 6, 1))
+    images[4] = 1
+    path = write_grid(images, tmp_path / "grid.png")
+    with Image.open(path) as found:
+        pixels = np.asarray(found)
+    assert pixels.shape == ((2 * 9 - 1) * 7, (3 * 7 - 1) * 7)
+    assert pixels[0, 0] == 0 and pixels[9 * 7, 7 * 7] == 255
+    with pytest.raises(ValueError, match=r"grid.jpg is no PNG file; allowed: a name that ends in .png"):
+        write_grid(images, tmp_path / "grid.jpg")
+
+
+def test_the_package_has_no_other_names():
+    assert projectable.load is load
+    with pytest.raises(AttributeError, match="no attribute 'unload'"):
+        projectable.unload  # noqa: B018
+
+
+# ------------------------------------------------------------------------------------------------------ ONNX
+
+
+@pytest.fixture(scope="module")
+def onnx_path(exported, tmp_path_factory):
+    """The same model as an ONNX file."""
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed: the extra `onnx`")
+    return onnx_file.export_onnx(load(exported), tmp_path_factory.mktemp("onnx") / "threes.onnx")
+
+
+@pytest.mark.slow
+def test_onnx_gives_the_same_logits_for_any_batch_and_length(exported, onnx_path):
+    session, about = onnx_file.open_onnx(onnx_path)
+    model = load(exported)
+    for batch in (1, 2, 7):
+        for length in (1, 2, 3, 11, 16):
+            x = torch.randint(32, (batch, length), generator=torch.Generator().manual_seed(length))
+            (found,) = session.run(None, {"tokens": x.numpy()})
+            assert np.abs(found - model(x).detach().numpy()).max() < 1e-5
+    assert about["task"] == "3"
+    assert str(Path(projectable.__file__).parent).encode() not in onnx_path.read_bytes()  # no paths of this machine
+
+
+@pytest.mark.slow
+def test_onnx_samples_without_torch(exported, onnx_path):
+    code = f"""
+import sys, numpy as np
+from projectable.onnx_file import sample_onnx
+images = sample_onnx({str(onnx_path)!r}, 400, seed=1)
+assert images.shape == (400, 8, 8, 1) and np.array_equal(images, sample_onnx({str(onnx_path)!r}, 400, seed=1))
+assert "torch" not in sys.modules
+np.save({str(onnx_path.parent / "images.npy")!r}, images)
+"""
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    model, images = load(exported), np.load(onnx_path.parent / "images.npy")
+    x = torch.from_numpy(model.codebook.encode(images))
+    assert np.array_equal(model.codebook.decode(x), images)
+    # it draws from the model: the mean of its own loss over its samples is the same for both samplers
+    other = torch.from_numpy(model.codebook.encode(model.sample(400, seed=1)))
+    spread = model.losses(x).std() / 20
+    assert abs(model.losses(x).mean() - model.losses(other).mean()) < 5 * spread
+
+
+@pytest.mark.slow
+def test_a_damaged_onnx_file_is_refused(onnx_path, tmp_path):
+    content, rng = onnx_path.read_bytes(), np.random.default_rng(0)
+    path = tmp_path / "damaged.onnx"
+    for place in rng.integers(len(content), size=30).tolist():
+        for changed in (content[:place], content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]):
+            path.write_bytes(changed)
+            with pytest.raises(onnx_file.OnnxError, match=r"damaged.onnx .*damaged"):
+                onnx_file.sample_onnx(path, 1)
+    with pytest.raises(onnx_file.OnnxError, match="none.onnx is no file"):
+        onnx_file.sample_onnx(tmp_path / "none.onnx", 1)
+    for bad in (dict(n=0), dict(n=1, temperature=0), dict(n=1, temperature=float("nan"))):
+        with pytest.raises(ValueError, match="allowed: 1 or more images, any temperature above 0"):
+            onnx_file.sample_onnx(onnx_path, **bad)
+
+
+def test_without_the_extra_it_says_what_to_install(exported, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(onnx_file.OnnxError, match=r"pip install 'projectable\[onnx\]'"):
+        onnx_file.export_onnx(load(exported), tmp_path / "x.onnx")
+    with pytest.raises(onnx_file.OnnxError, match=r"pip install 'projectable\[onnx\]'"):
+        onnx_file.sample_onnx(tmp_path / "x.onnx", 1)
+    assert experiment.is_done(CONFIGS["Linear, shared"]()) and not list(tmp_path.iterdir())
