@@ -13,6 +13,8 @@ def cli(debug: bool) -> None:
     """Small task-specific Transformers, projected in one shot from a large one."""
 
 
+# -------------------------------------------------------------------------------------------------- notebooks
+
 profile_option = click.option(
     "--profile", default="laptop", show_default=True, help=f"One of {', '.join(reporting.PROFILES)}."
 )
@@ -33,6 +35,129 @@ def report(profile: str) -> None:
     """Render the pages and the index again from what was executed, without running anything."""
     count = reporting.report(profile)
     click.echo(f"{count} pages rendered: {reporting.reports_dir(profile) / 'index.html'}")
+
+
+# --------------------------------------------------------------------------------------------- runs and models
+
+
+@cli.command()
+@click.argument("config")
+def train(config: str) -> None:
+    """Train a run, print its folder.
+
+    CONFIG is a JSON file with the fields of a RunConfig, as every run's config.json. What the run starts from is
+    trained first. A finished run is found again; one that was stopped goes on from its last checkpoint.
+
+    \b
+    Example: projectable train examples/digits.json
+    """
+    from tqdm import tqdm
+
+    from projectable import experiment, runs
+
+    wanted = runs.read_config(config)
+    for part in runs.chain(wanted):
+        if experiment.is_done(part):
+            continue
+        words = " ".join([part.model, *(f"d{size}" for size in part.sizes)])
+        with tqdm(total=part.steps, unit="step", desc=words, mininterval=1) as bar:
+
+            def report(step: int, steps: int, loss: float, bar=bar) -> None:
+                if not bar.n:
+                    bar.n = bar.initial = step - 1  # where it goes on: the rate is that of the steps made now
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update(step - bar.n)
+
+            try:
+                experiment.run(part, report)
+            except KeyboardInterrupt:
+                sys.exit("stopped: the same command goes on from the last checkpoint")
+    click.echo(experiment.folder_of(wanted))
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--task", required=True, help="The task's name or number.")
+@click.option("--width", required=True, help="Width of the small model, or a member's name: d16, source.")
+@click.option("-o", "--output", required=True, metavar="DIR", help="The folder to write.")
+@click.option("--overwrite", is_flag=True, help="Replace a model that is there already.")
+@click.option("--onnx", is_flag=True, help="Also write DIR/model.onnx (needs the extra `onnx`).")
+def project(run: str, task: str, width: str, output: str, overwrite: bool, onnx: bool) -> None:
+    """Write one task's small model as a folder.
+
+    RUN is a run's folder, or its name in runs/. The folder stands alone: a copy of it is all that is needed elsewhere.
+
+    \b
+    Example: projectable project runs/projectable-0123456789ab --task coat --width 16 -o coat16
+    """
+    from projectable import runs
+    from projectable.export import export
+
+    export(runs.check_current(runs.find_run(run)), width, task, output, overwrite, onnx)
+    click.echo(output)
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR")
+@click.option("-n", "n", type=int, default=64, show_default=True, help="How many images.")
+@click.option("-o", "--output", required=True, metavar="FILE", help="The PNG file to write.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same images.")
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="Below 1: likelier images.")
+def sample(folder: str, n: int, output: str, seed: int, temperature: float) -> None:
+    """Draw new images from a model in DIR.
+
+    \b
+    Example: projectable sample coat16 -n 64 -o coats.png
+    """
+    from projectable.export import write_grid
+    from projectable.standalone import load
+
+    write_grid(load(folder).sample(n, temperature, seed), output)
+    click.echo(output)
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--split", default="test", show_default=True, help="One of train, val, test.")
+def evaluate(folder: str, split: str) -> None:
+    """Measure a model on its task's images.
+
+    Loss of the model in DIR, computed now: nats per token and bits per pixel.
+
+    \b
+    Example: projectable evaluate coat16 --split val
+    """
+    from projectable.export import evaluate as measure
+    from projectable.standalone import load
+
+    model = load(folder)
+    n_images, nats, bits = measure(model, split)
+    where = f"{model.task} of {model.config['data_name']}, {n_images} {split} images"
+    click.echo(f"{where}: {nats:.4f} nats per token, {bits:.4f} bits per pixel")
+
+
+@cli.command()
+@click.argument("what", metavar="RUN|DIR")
+def info(what: str) -> None:
+    """Tell what a run or a model is.
+
+    Its sizes, losses, data, and where it comes from.
+
+    \b
+    Example: projectable info coat16
+    """
+    from pathlib import Path
+
+    from projectable import runs, standalone
+    from projectable.export import facts
+
+    folder = Path(what)
+    if standalone.looks_like_model(folder):
+        rows = facts(standalone.load(folder).config)
+    else:
+        rows = runs.facts(runs.find_run(what))
+    for name, value in rows.items():
+        click.echo(f"{name + ':':15} {value}")
 
 
 def main() -> None:

@@ -1,0 +1,249 @@
+"""The command line as a user types it: train → project → sample → evaluate → info, and what it says to bad input."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import tiny, tiny_projectable, tiny_source
+
+from projectable import experiment, runs
+from projectable.__main__ import cli, main
+from projectable.runs import ConfigError, check_current, config_from, find_run, read_config
+from projectable.storage import load_tensors
+
+ROOT = Path(__file__).parents[1]
+TRAINED = dict(sizes=(8, 16), lr=(2e-3, 2e-3), options=dict(family="Linear", z_dim=4))
+
+
+def call(*words):
+    """What a command prints to stdout; its error is raised."""
+    result = CliRunner().invoke(cli, list(map(str, words)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def error_of(capsys, monkeypatch, *words) -> tuple[int, str]:
+    """The exit code of a command as the shell sees it, and its one line of error."""
+    monkeypatch.setattr(sys, "argv", ["projectable", *map(str, words)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    said = capsys.readouterr().err
+    return (1, exit.value.code) if isinstance(exit.value.code, str) else (exit.value.code, said)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return experiment.run(tiny_projectable(**TRAINED))
+
+
+@pytest.fixture(scope="module")
+def model(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "threes"
+    call("project", trained.folder, "--task", "3", "--width", "8", "-o", folder)
+    return folder
+
+
+def written(tmp_path, found) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ as typed
+
+
+@pytest.mark.slow
+def test_the_five_lines_of_the_readme(tmp_path, monkeypatch, other_runs):
+    (block,) = re.findall(r"## On the command line.*?```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = block.strip().splitlines()
+    assert len(lines) == 5
+    text, n = re.subn(r'"(steps|eval_every)": \d+', r'"\1": 10', (ROOT / "examples/digits.json").read_text())
+    assert n == 4
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples/digits.json").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    said, folder = [], None
+    for line in lines:
+        command = re.sub(r"^RUN=\$\((.*)\)$", r"\1", line).replace("$RUN", str(folder))
+        name, *words = shlex.split(command)
+        assert name == "projectable"
+        said.append(call(*words).strip())
+        folder = folder or said[0]
+    assert Path(said[0]).parent == other_runs and (Path(said[0]) / "result.json").exists()
+    assert {p.name for p in Path("threes").iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert Path("threes.png").read_bytes()[:4] == b"\x89PNG"
+    assert re.fullmatch(
+        r"3 of digits/classes, 52 test images: \d\.\d{4} nats per token, \d\.\d{4} bits per pixel", said[3]
+    )
+    assert "width 16, 2 layers" in said[4] and Path(said[0]).name in said[4]
+
+
+def test_in_a_shell_with_exit_codes(model, tmp_path):
+    def shell(*words):
+        env = os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path))
+        command = [sys.executable, "-m", "projectable", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+
+    good = shell("evaluate", model)
+    assert (good.returncode, good.stderr) == (0, "") and "nats per token" in good.stdout
+    bad = shell("sample", model, "-n", "0", "-o", "x.png")
+    assert (bad.returncode, bad.stdout) == (1, "")
+    assert bad.stderr == "error: n=0 is no number of sequences; allowed: 1 or more\n" and not list(tmp_path.iterdir())
+
+
+def test_training_prints_the_folder_and_finds_it_again(other_runs, tmp_path):
+    path = written(tmp_path, asdict(tiny_projectable(steps=10)))
+    first = CliRunner().invoke(cli, ["train", str(path)], catch_exceptions=False)
+    folder = Path(first.stdout.strip())
+    assert folder.parent == other_runs and find_run(folder).config == tiny_projectable(steps=10)
+    assert "source: 100%" in first.stderr and "projectable d8: 100%" in first.stderr and "step/s" in first.stderr
+    again = CliRunner().invoke(cli, ["train", str(folder / "config.json")], catch_exceptions=False)
+    assert again.stdout == first.stdout and again.stderr == ""
+
+
+def test_a_stopped_training_says_how_it_goes_on(other_runs, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "run", interrupted)
+    code, said = error_of(capsys, monkeypatch, "train", written(tmp_path, asdict(tiny())))
+    assert code == 1 and said == "stopped: the same command goes on from the last checkpoint"
+
+
+def test_a_run_is_found_by_its_name_and_info_tells_what_it_is(trained, model):
+    for said in (call("info", trained.folder), call("info", trained.folder.name)):
+        assert "projectable (family=Linear, z_dim=4)" in said and "source 1" not in said.split("val loss")[0]
+        assert "d8 0.002, d16 0.002, source 0.001" in said
+    said = call("info", model)
+    assert "3 of digits/classes" in said and "CC BY 4.0" in said and "1,496" in said
+
+
+def test_samples_follow_the_seed(model, tmp_path):
+    pictures = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        call("sample", model, "-n", 9, "-o", tmp_path / f"{name}.png", "--seed", seed, "--temperature", 0.8)
+        pictures.append((tmp_path / f"{name}.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_a_model_is_replaced_on_demand_and_written_for_onnxruntime(trained, tmp_path):
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed: the extra `onnx`")
+    words = ("project", trained.folder.name, "--width", "d16", "-o", tmp_path / "m")
+    call(*words, "--task", 3)
+    call(*words, "--task", 4, "--overwrite", "--onnx")
+    assert "4 of digits/classes" in call("info", tmp_path / "m") and (tmp_path / "m" / "model.onnx").exists()
+
+
+def test_every_command_has_help_with_an_example():
+    for name in ("train", "project", "sample", "evaluate", "info"):
+        assert f"Example: projectable {name} " in call(name, "--help")
+        assert re.search(rf"^  {name} .*\.$", call("--help"), re.MULTILINE), "its short help is cut"
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_errors_are_one_line_that_names_the_value(trained, model, tmp_path, capsys, monkeypatch):
+    project = ("project", trained.folder, "-o", tmp_path / "x")
+    for words, expected in (
+        ((*project, "--task", "coat", "--width", 8), "unknown task 'coat'; allowed: 0, 1, 2"),
+        ((*project, "--task", 3, "--width", 12), r"unknown width '12' of .*; allowed: 8 \(d8\), 16 \(d16\)"),
+        (("project", "nowhere", "--task", 3, "--width", 8, "-o", tmp_path / "x"), "no run 'nowhere'; allowed: "),
+        (("project", trained.folder, "--task", 3, "--width", 8, "-o", model), "threes exists: "),
+        (("evaluate", model, "--split", "all"), "unknown split 'all'; allowed: train, val, test"),
+        (("evaluate", tmp_path / "x"), "x does not exist; allowed: a folder"),
+        (("evaluate", trained.folder), "is a run, of many tasks"),
+        (("sample", model, "-o", "x.gif"), "x.gif is no PNG file"),
+        (("sample", model, "-o", tmp_path / "x.png", "--temperature", "nan"), "temperature=nan is no temperature"),
+        (("info", "nowhere"), "no run 'nowhere'; allowed: "),
+        (("info", tmp_path), "holds no model: config.json is missing"),
+        (("train", tmp_path / "x.json"), "x.json does not exist; allowed: a config as JSON"),
+    ):
+        code, said = error_of(capsys, monkeypatch, *words)
+        assert code == 1 and re.match(f"error: .*{expected}", said) and "\n" not in said, said
+    assert not (tmp_path / "x").exists()
+    for words in (("sample",), ("sample", model), ("sample", model, "-n", "many", "-o", "x.png"), ("paint",)):
+        assert error_of(capsys, monkeypatch, *words)[0] == 2
+    monkeypatch.setattr(sys, "argv", ["projectable", "--debug", "info", "nowhere"])
+    with pytest.raises(ConfigError):
+        main()
+
+
+def test_a_config_survives_json():
+    for config in (tiny(), tiny_projectable(**TRAINED), tiny_source(start=tiny_source(), patience=2)):
+        again = config_from(json.loads(json.dumps(asdict(config))))
+        assert again == config and again.key() == config.key()
+    found = asdict(tiny_projectable(**TRAINED)) | dict(options={"family": "Linear", "z_dim": 4}, source_lr=1)
+    assert config_from(json.loads(json.dumps(found))) == tiny_projectable(**TRAINED | dict(source_lr=1.0))
+
+
+def test_the_example_is_a_config():
+    assert read_config(ROOT / "examples/digits.json").start.model == "source"
+
+
+GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(rate=3), "unknown key 'rate'; allowed: model, data"),
+        (dict(steps=...), "missing steps"),
+        (dict(seed=..., model=...), "missing model, seed"),
+        (dict(data={"name": "digits"}), "data: unknown key 'name'; allowed: dataset"),
+        (dict(data="digits"), "data is 'digits'; allowed: an object"),
+        (dict(start={}), "start: missing model, data"),
+        (dict(start=None), "'projectable' needs 'start'"),
+        (dict(start=GOOD["start"] | dict(steps="many")), "start: steps='many'; allowed: int"),
+        (dict(steps=0), "steps=0; allowed: 1 or more"),
+        (dict(steps=1.5), "steps=1.5; allowed: int"),
+        (dict(seed=True), "seed=True; allowed: int"),
+        (dict(sizes=8), "sizes=8; allowed: a list of int"),
+        (dict(sizes=[8, "16"]), "sizes='16'; allowed: int"),
+        (dict(sizes=[8, 16]), "1 learning rates for 2 sizes"),
+        (dict(model="diffusion"), "unknown model 'diffusion'; allowed: source, universal"),
+        (
+            dict(model="universal", sizes=[8, 16], lr=[1e-2, 1e-2]),
+            r"sizes=\[8, 16\]; allowed for model 'universal': one",
+        ),
+        (dict(options=["family"]), r"options=\['family'\]; allowed: an object"),
+    ],
+)
+def test_a_config_that_is_none_is_named(tmp_path, changes, words):
+    found = {key: value for key, value in (GOOD | changes).items() if value is not ...}
+    with pytest.raises(ConfigError, match=words) as error:
+        read_config(written(tmp_path, found))
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path):
+    for content in (b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[1]"):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"x\.json is"):
+            read_config(tmp_path / "x.json")
+
+
+def test_an_unfinished_run_says_how_to_go_on(tmp_path, other_runs):
+    folder = experiment.folder_of(tiny())
+    folder.mkdir(parents=True)
+    written(folder, asdict(tiny()))
+    with pytest.raises(ConfigError, match=r"is not finished: `projectable train .*config.json` goes on with it"):
+        find_run(folder.name)
+
+
+def test_a_run_of_other_code_is_not_trained_again_in_silence(trained, other_runs, monkeypatch):
+    found = find_run(trained.folder)
+    with pytest.raises(ConfigError, match=r"starts from .*source-.*, which is not there"):
+        check_current(found)
+    monkeypatch.setattr(runs, "folder_of", lambda _: other_runs / "projectable-000000000000")
+    with pytest.raises(ConfigError, match=r"was trained by other code, at commit .*: `projectable train"):
+        check_current(found)
+    assert not list(other_runs.glob("*")) and load_tensors(trained.folder / "model.safetensors")
