@@ -49,7 +49,7 @@ def train(config: str) -> None:
     trained first. A finished run is found again; one that was stopped goes on from its last checkpoint.
 
     \b
-    Example: projectable train examples/digits.json
+    Example: projectable train notebooks/digits.json
     """
     from tqdm import tqdm
 

@@ -64,10 +64,10 @@ def test_the_five_lines_of_the_readme(tmp_path, monkeypatch, other_runs):
     (block,) = re.findall(r"## On the command line.*?```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = block.strip().splitlines()
     assert len(lines) == 5
-    text, n = re.subn(r'"(steps|eval_every)": \d+', r'"\1": 10', (ROOT / "examples/digits.json").read_text())
+    text, n = re.subn(r'"(steps|eval_every)": \d+', r'"\1": 10', (ROOT / "notebooks/digits.json").read_text())
     assert n == 4
-    (tmp_path / "examples").mkdir()
-    (tmp_path / "examples/digits.json").write_text(text)
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/digits.json").write_text(text)
     monkeypatch.chdir(tmp_path)
     said, folder = [], None
     for line in lines:
@@ -186,7 +186,7 @@ def test_a_config_survives_json():
 
 
 def test_the_example_is_a_config():
-    assert read_config(ROOT / "examples/digits.json").start.model == "source"
+    assert read_config(ROOT / "notebooks/digits.json").start.model == "source"
 
 
 GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
