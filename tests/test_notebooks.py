@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from html import unescape
 from pathlib import Path
 
 import pandas as pd
@@ -102,7 +103,7 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
 
 
 def test_the_index_leads_to_every_claim_and_page(reports):
-    html = (reports / "index.html").read_text()
+    html = unescape((reports / "index.html").read_text())
     for claim in json.loads((reports / "claims.json").read_text()):
         assert claim["claim"] in html
     for path in NOTEBOOKS.glob("[0-9]*.ipynb"):

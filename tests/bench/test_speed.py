@@ -80,8 +80,8 @@ def test_projections_batched_against_a_loop_over_tasks(compare, d, layers, image
 def gpt2(d: int, layers: int):
     transformers = pytest.importorskip("transformers", reason="the optional extra `bench` is not installed")
     config = transformers.GPT2Config(
-        vocab_size=257, n_positions=49, n_embd=d, n_layer=layers, n_head=d // 8, n_inner=4 * d, use_cache=False,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=256, eos_token_id=256, pad_token_id=256,
+        vocab_size=256, n_positions=49, n_embd=d, n_layer=layers, n_head=d // 8, n_inner=4 * d, use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 
@@ -90,7 +90,7 @@ def gpt2(d: int, layers: int):
 def test_plain_step_against_gpt2(compare, d, target):
     x, other = tokens(12), gpt2(d, 3)
     flat = x.flatten(0, 1)
-    read = torch.cat([torch.full((len(flat), 1), 256), flat[:, :-1]], 1)  # a start token, then all but the last
+    read = torch.cat([torch.zeros(len(flat), 1, dtype=torch.long), flat[:, :-1]], 1)  # a start, then all but the last
     step = stepper(other, lambda: F.cross_entropy(other(read).logits.flatten(0, 1), flat.flatten()))
     compare(f"plain step, d = {d}, 3 layers, 120 images", ours(plain(d, 3), x), "Hugging Face GPT-2", step, target)
 
@@ -98,12 +98,12 @@ def test_plain_step_against_gpt2(compare, d, target):
 def test_cached_sampling_against_generate(compare):
     weights, other = initial_weights(Shape(32)), gpt2(32, 2).eval()
     other.config.use_cache = True
-    start = torch.full((16, 1), 256)
+    start = torch.zeros(16, 1, dtype=torch.long)
 
     def generate():
         with torch.no_grad():
-            options = dict(do_sample=True, top_k=0, min_new_tokens=48, max_new_tokens=48, use_cache=True)
-            other.generate(start, attention_mask=torch.ones_like(start), **options)
+            options = dict(do_sample=True, top_k=0, max_new_tokens=49, use_cache=True)
+            assert other.generate(start, attention_mask=torch.ones_like(start), **options).shape == (16, 50)
 
     compare("16 sampled images, d = 32, 2 layers", lambda: sample(weights, 16, 49), "generate", generate, 2.0, rounds=7)
 
