@@ -74,8 +74,8 @@ class Linear(Generator):
         self.directions = nn.Parameter(torch.zeros(z_dim, *base.shape))
 
     def forward(self, z: Tensor) -> Tensor:
-        delta = z @ self.directions.flatten(1)  # (T, S·m·n)
-        return self.base + delta.view(-1, *self.base.shape)
+        maps = torch.addmm(self.base.flatten(), z, self.directions.flatten(1))  # (T, S·m·n)
+        return maps.view(-1, *self.base.shape)
 
 
 @family

@@ -11,10 +11,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -44,6 +46,15 @@ def make_optimizer(model: Model, rates: dict[str, float], weight_decay: float) -
             groups.setdefault(rates[member] * model.rate_factor(names[id(p)]), []).append(p)
     rated = [dict(params=ps, lr=rate, rate=rate) for rate, ps in groups.items()]
     return torch.optim.AdamW(rated, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step: given back, it costs thousands of page faults a step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: arrays up to 32 MB, the most that every version takes
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 @torch.no_grad()
@@ -136,6 +147,7 @@ def train(
 
     Raises DivergedError where the loss is no number, DamagedFile where the checkpoint is damaged.
     """
+    keep_freed_memory()
     rates = config.rates()
     optimizer = make_optimizer(model, rates, config.weight_decay)
     device = next(model.parameters()).device

@@ -89,13 +89,32 @@ def initial_weights(shape: Shape, generator: torch.Generator | None = None) -> W
     return weights
 
 
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) with a backward pass of four passes over the stream, where autograd makes eight."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        y, scale = ctx.saved_tensors
+        along = (grad * y).sum(-1, keepdim=True)
+        return torch.addcmul(grad, y, along, value=-1 / y.shape[-1]).mul_(scale)
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """x / rms(x) over the last axis; no gain (it lives in the weights that read the result)."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+    return _RMSNorm.apply(x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (T, M, in) times weight (in, out) or (T, in, out), plus bias (out) or (T, out)."""
+    if bias is not None and bias.dim() == 2 and weight.dim() == 3:
+        return torch.baddbmm(bias.unsqueeze(1), x, weight)
     y = torch.matmul(x, weight)
     if bias is not None:
         y = y + (bias if bias.dim() == 1 else bias.unsqueeze(-2))
@@ -144,27 +163,28 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv: Tensor) -> Tensor:  # (G, N, 3, h, d_h) → (G, N, h·d_h)
         groups, length, _, n_heads, d_head = qkv.shape
-        flat = qkv.permute(2, 0, 3, 4, 1).reshape(3, groups * n_heads, d_head, length)  # q, k, v as (G·h, d_h, N)
-        q = flat[0].transpose(1, 2).contiguous()
-        e = torch.bmm(q.mul_(1 / (math.sqrt(d_head) * math.log(2))), flat[1])  # scores in powers of 2
+        flat = qkv.permute(2, 0, 3, 4, 1).contiguous()  # with one head a view would do, but its products would be slow
+        flat = flat.view(3, groups * n_heads, d_head, length)  # q, k, v as (G·h, d_h, N)
+        q = flat[0] * (1 / (math.sqrt(d_head) * math.log(2)))  # scores in powers of 2
+        e = torch.bmm(q.transpose(1, 2), flat[1])
         e = _exp2_safely(e, causal=True)
         total = e.sum(-1).unsqueeze(1)  # (G·h, 1, N)
         y = torch.bmm(flat[2], e.transpose(1, 2)).div_(total)  # (G·h, d_h, N)
-        ctx.save_for_backward(flat, e, total, y)
+        ctx.save_for_backward(q, flat, e, total, y)
         ctx.heads = n_heads
         return y.view(groups, n_heads * d_head, length).transpose(1, 2).contiguous()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        flat, e, total, y = ctx.saved_tensors
+        q, flat, e, total, y = ctx.saved_tensors
         _, rows, d_head, length = flat.shape
         grad = grad.transpose(1, 2).reshape(rows, d_head, length) / total
         delta = (grad * y).sum(1).neg_().unsqueeze(-1)  # (G·h, N, 1)
         dflat = torch.empty_like(flat)
         torch.bmm(grad, e, out=dflat[2])
-        ds = torch.baddbmm(delta, grad.transpose(1, 2).contiguous(), flat[2]).mul_(e).mul_(1 / math.sqrt(d_head))
-        torch.bmm(flat[1], ds.transpose(1, 2), out=dflat[0])
-        torch.bmm(flat[0], ds, out=dflat[1])
+        ds = torch.baddbmm(delta, grad.transpose(1, 2), flat[2]).mul_(e)
+        torch.bmm(flat[1], ds.transpose(1, 2), out=dflat[0]).mul_(1 / math.sqrt(d_head))
+        torch.bmm(q, ds, out=dflat[1]).mul_(math.log(2))
         return dflat.view(3, -1, ctx.heads, d_head, length).permute(1, 4, 0, 2, 3).contiguous()
 
 
@@ -214,15 +234,16 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # (T, M, d), (T, d, V), (T, M) → (T,)
-        p = _exp2_safely(torch.bmm(h, weight / math.log(2)))  # (T, M, V)
-        p.div_(p.sum(-1, keepdim=True))
+        e = _exp2_safely(torch.bmm(h, weight / math.log(2)))  # (T, M, V)
+        total = e.sum(-1, keepdim=True)
         targets = targets.unsqueeze(-1)
-        hit = p.gather(-1, targets)
-        p.scatter_(-1, targets, hit - 1)
-        dh = torch.bmm(weight, p.transpose(1, 2)).transpose(1, 2)  # written in rows of length M: faster for small d
-        dweight = torch.bmm(h.transpose(1, 2), p)
+        hit = e.gather(-1, targets)
+        e.scatter_(-1, targets, hit - total)  # probabilities minus the targets, times total
+        # written in rows of length M: faster for small d
+        dh = torch.bmm(weight, e.transpose(1, 2)).div_(total.transpose(1, 2)).transpose(1, 2)
+        dweight = torch.bmm((h / total).transpose(1, 2), e)
         ctx.save_for_backward(dh, dweight)
-        return -hit.clamp_min(1e-38).log().mean((1, 2))
+        return -(hit / total).clamp_min(1e-38).log().mean((1, 2))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -235,8 +256,10 @@ def task_losses(weights: Weights, tokens: Tensor, d_head: int = 8) -> Tensor:
     """Mean cross-entropy of each task's tokens (T, B, N), in nats per token: (T,)."""
     h = hidden(weights, tokens, d_head)  # (T, B·N, d)
     head, bias = weights["head"], weights.get("head_bias")
-    if bias is None and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (bias is None or head.dim() == 3 and bias.dim() == 2):
         targets = tokens.reshape(tokens.shape[0], -1)
+        if bias is not None:  # one more row, which reads a one
+            h, head = F.pad(h, (0, 1), value=1.0), torch.cat([head, bias.unsqueeze(1)], dim=1)
         if head.dim() == 3:
             return _HeadLoss.apply(h, head, targets)
         return _HeadLoss.apply(h, head.unsqueeze(0).expand(len(h), -1, -1), targets)

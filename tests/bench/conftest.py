@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from projectable import reporting
+from projectable import reporting, training
 from projectable.storage import current_commit, device
 
 ROWS: list[dict] = []
@@ -29,6 +29,7 @@ def matmul_peak() -> None:
     """A 1024³ product in float32 on one thread, at the start and at the end: what the machine can do."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    training.keep_freed_memory()  # as in training
     a = torch.randn(1024, 1024)
 
     def measure():
