@@ -71,24 +71,37 @@ class Universal(Model):
         """The weights without any task term."""
         return dict(self.plain.items())
 
-    def weights(self, member: str, task_ids: Tensor) -> Weights:
-        w, layers, d = self.plain_weights(), self.shape.n_layers, self.shape.d_model
-        if self.conditioning == "token":
-            w["positions"] = w["positions"] + F.pad(
-                self.task_embedding[task_ids].unsqueeze(1), (0, 0, 0, len(w["positions"]) - 1)
-            )
-        elif self.conditioning == "additive":
-            w["positions"] = w["positions"] + self.task_embedding[task_ids].unsqueeze(1)  # (T, N, d)
-        elif self.conditioning == "film":
-            scale, shift = self.film[task_ids].unbind(1)  # each (T, 2L+1, d)
-            w = modulated(w, 1 + scale, shift, layers)
-        elif self.conditioning == "adaln":
+    def terms(self, task_ids: Tensor) -> dict[str, Tensor]:
+        """What the model is told of tasks (T,); only the terms that it has.
+
+        `positions` (T, N, d), the embeddings with c(t) added; `scale` and `shift` (T, 2L+1, d) of what each weight
+        reads; `gate` (T, 2L, d) on what each weight writes.
+        """
+        layers, d = self.shape.n_layers, self.shape.d_model
+        if self.conditioning in ("token", "additive"):
+            c = self.task_embedding[task_ids].unsqueeze(1)  # (T, 1, d)
+            if self.conditioning == "token":
+                c = F.pad(c, (0, 0, 0, self.shape.length - 1))
+            return {"positions": self.plain["positions"] + c}
+        if self.conditioning == "film":
+            scale, shift = self.film[task_ids].unbind(1)
+            return {"scale": 1 + scale, "shift": shift}
+        if self.conditioning == "adaln":
             m = F.silu(self.task_embedding[task_ids]) @ self.modulation
             m = m.view(len(task_ids), 6 * layers + 2, d)
             scale, shift, gate = m.split([2 * layers + 1, 2 * layers + 1, 2 * layers], dim=1)
-            w = modulated(w, 1 + scale, shift, layers)
-            w["out"] = w["out"] * gate[:, :layers].unsqueeze(-2)
-            w["down"] = w["down"] * gate[:, layers:].unsqueeze(-2)
+            return {"scale": 1 + scale, "shift": shift, "gate": gate}
+        return {}
+
+    def weights(self, member: str, task_ids: Tensor) -> Weights:
+        w, layers, told = self.plain_weights(), self.shape.n_layers, self.terms(task_ids)
+        if "positions" in told:
+            w["positions"] = told["positions"]
+        if "scale" in told:
+            w = modulated(w, told["scale"], told["shift"], layers)
+        if "gate" in told:
+            w["out"] = w["out"] * told["gate"][:, :layers].unsqueeze(-2)
+            w["down"] = w["down"] * told["gate"][:, layers:].unsqueeze(-2)
         return w
 
 
