@@ -68,23 +68,37 @@ class TaskData:
 
 
 def split_images(images: Images, val_per_class: int, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Training images less `val_per_class` of each class for validation; the test images as they are."""
+    """Training images less `val_per_class` of each class (a quarter of it at most) for validation; the test images.
+
+    An image set that comes with validation images keeps them.
+    """
+    if images.val is not None:
+        return {"train": images.train, "val": images.val, "test": images.test}
     x, y = images.train
     rng = np.random.default_rng(seed)
     val = np.zeros(len(x), bool)
     for label in range(len(images.label_names)):
-        val[rng.permutation(np.nonzero(y == label)[0])[:val_per_class]] = True
+        mine = np.nonzero(y == label)[0]
+        val[rng.permutation(mine)[: min(val_per_class, max(1, len(mine) // 4))]] = True
     return {"train": (x[~val], y[~val]), "val": (x[val], y[val]), "test": images.test}
 
 
 def cluster_labels(splits: dict[str, tuple[np.ndarray, np.ndarray]], n_clusters: int, seed: int = 0):
-    """Another definition of tasks: k-means clusters of PCA'd pixels, fitted on training images only."""
+    """Another definition of tasks: k-means clusters of PCA'd pixels, fitted on training images only.
+
+    Raises ValueError for no cluster, or more of them than images to fit them on.
+    """
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
 
     flat = {name: x.reshape(len(x), -1) for name, (x, _) in splits.items()}
-    pca = PCA(32, random_state=seed).fit(flat["train"][:20_000])
-    kmeans = KMeans(n_clusters, n_init=1, max_iter=50, random_state=seed).fit(pca.transform(flat["train"][:20_000]))
+    some = flat["train"][:20_000]
+    if not 1 <= n_clusters <= len(some):
+        raise ValueError(
+            f"clusters{n_clusters} of {len(some)} training images; allowed: clusters1 to clusters{len(some)}"
+        )
+    pca = PCA(min(32, *some.shape), random_state=seed).fit(some)
+    kmeans = KMeans(n_clusters, n_init=1, max_iter=50, random_state=seed).fit(pca.transform(some))
     return {name: kmeans.predict(pca.transform(x)).astype(np.int64) for name, x in flat.items()}
 
 
@@ -98,9 +112,13 @@ def make_tasks(
 ) -> TaskData:
     """Tasks of an image set: `classes`, or `clustersK` (e.g. clusters64). The codebook sees training images only.
 
-    Raises ValueError naming the allowed values.
+    `dataset` is a name or `folder:PATH`, see `tasks.images`. Raises ValueError naming the allowed values; DataError
+    where images are missing or too few.
     """
-    images = load_images(dataset)
+    for name, value in (("vocab_size", vocab_size), ("patch", patch)):
+        if value < 1:
+            raise ValueError(f"{name}={value}; allowed: 1 or more")
+    images = load_images(dataset, patch)
     splits = split_images(images, val_per_class, seed)
     codebook = Codebook.fit(splits["train"][0][:10_000], patch, vocab_size, seed)
     if tasks == "classes":
@@ -114,4 +132,9 @@ def make_tasks(
     for split, (x, _) in splits.items():
         encoded = torch.from_numpy(codebook.encode(x))
         tokens[split] = [encoded[torch.from_numpy(labels[split] == t)] for t in range(len(names))]
-    return TaskData(f"{dataset}/{tasks}", names, tokens, codebook, images.licence)
+        for name, mine in zip(names, tokens[split], strict=True):
+            if not len(mine):
+                raise ValueError(
+                    f"{name!r} of {dataset}/{tasks} has no {split} images: fewer tasks or more images are needed"
+                )
+    return TaskData(f"{images.name}/{tasks}", names, tokens, codebook, images.licence)
