@@ -43,6 +43,7 @@ from .storage import (
 )
 from .tasks import TaskData, make_tasks
 from .tasks.codebook import Codebook
+from .tasks.images import content_key
 from .training import split_losses, train
 
 
@@ -64,22 +65,27 @@ def _strings(value) -> Iterator[str]:
 
 
 def _data_code(config: DataConfig) -> str:
-    """A hash of the code that makes these data."""
-    return fingerprint([make_tasks], _strings(asdict(config)))
+    """A hash of what makes these data beside their config: the code, and the images in a folder."""
+    return content_key(config.dataset) + fingerprint([make_tasks], _strings(asdict(config)))
 
 
 def _run_code(config: RunConfig) -> str:
-    """A hash of the code that decides the numbers of a run: of data, model, training, and of what it starts from."""
+    """A hash of what decides the numbers of a run beside its config: data, model, training, and those of its start."""
     decide = [untrained, train, RunConfig.shape, RunConfig.rates, make_tasks]
-    code = fingerprint(decide, _strings(asdict(config)), dict(config.options))
+    code = content_key(config.data.dataset)
+    code += fingerprint(decide, _strings(asdict(config)), dict(config.options))
     return code + _run_code(config.start) if config.start is not None else code
 
 
-@cache
 def data_for(config: DataConfig) -> TaskData:
-    """The task data of a config, encoded once and kept with the runs."""
-    key = hashlib.sha256((json.dumps(asdict(config)) + _data_code(config)).encode()).hexdigest()[:12]
-    words = re.sub(r"[^\w.-]+", "-", f"{config.dataset}-{config.tasks}")[-60:]  # a data set may be named by its path
+    """The task data of a config, encoded once and kept with the runs; anew where the images in a folder changed."""
+    return _data_for(config, _data_code(config))
+
+
+@cache
+def _data_for(config: DataConfig, code: str) -> TaskData:
+    key = hashlib.sha256((json.dumps(asdict(config)) + code).encode()).hexdigest()[:12]
+    words = re.sub(r"[^\w.-]+", "-", f"{Path(config.dataset).name}-{config.tasks}")  # a folder is named by its path
     path = runs_dir() / f"data-{words}-{key}.safetensors"
     if not path.exists():
         with locked(path.with_suffix(".lock")):
@@ -277,7 +283,7 @@ def _start_worker(queue, threads: int) -> None:
 def _work(config: RunConfig, folder: Path, test: bool) -> None:
     if folder_of(config) != folder:
         raise RuntimeError(
-            f"the code was edited while this process ran: start it again (a worker would write {folder})"
+            f"code or images were changed while this process ran: start it again (a worker would write {folder})"
         )
     if not is_done(config):
         share = (operations(config) - (operations(config.start) if config.start else 0)) / config.steps
