@@ -71,7 +71,7 @@ def test_what_a_run_starts_from_is_trained_first(other_runs):
 def test_a_finished_model_is_loaded_without_what_it_started_from(source, other_runs, mode, monkeypatch):
     configs = [
         tiny_projectable(options={"source_mode": mode}, steps=2),
-        tiny(model="distilled", start=tiny_source(), options=(("share", 0.3),), steps=2),
+        tiny(model="distilled", start=tiny_source(), options=(("conditioning", "film"), ("share", 0.3)), steps=2),
         tiny(model="specialists", start=tiny(steps=2), steps=2),
     ]
     finished = [run(config) for config in configs]
@@ -200,7 +200,7 @@ RUNS, PROJECTED, ALL = set(KEYED), {"linear", "by default", *LOW_RANK}, {*KEYED,
     ("old", "new", "changed"),
     [
         ("self.left * gate", "self.left * (2 * gate)", LOW_RANK),
-        ("torch.addmm(self.base", "torch.addmm(2 * self.base", {"linear", "by default"}),
+        ("torch.addmm(self.base", "torch.addmm(2 * self.base", PROJECTED),  # every family has linear gains and shifts
         ("self.base = nn.Parameter(base.clone", "self.base = nn.Parameter(2 * base.clone", PROJECTED),
         ("torch.randn(n_tasks, z_dim)", "torch.zeros(n_tasks, z_dim)", PROJECTED),
         ("return x.reshape(n, rows * cols", "return -x.reshape(n, rows * cols", ALL),
@@ -208,7 +208,7 @@ RUNS, PROJECTED, ALL = set(KEYED), {"linear", "by default", *LOW_RANK}, {*KEYED,
         ("(1 - self.share)", "(2 - self.share)", {"distilled"}),
         ("w = w.unsqueeze(0).repeat", "w = 2 * w.unsqueeze(0).repeat", SPECIALISTS),
         ("start.weights(start.members[0]", "start.weights(start.members[-1]", SPECIALISTS),
-        ("1 + scale, shift, layers)", "2 + scale, shift, layers)", RUNS),
+        ('"scale": 1 + scale', '"scale": 2 + scale', RUNS),
         ("betas=(0.9, 0.95)", "betas=(0.9, 0.99)", RUNS),
         ("return rates | {", "return {} | rates | {", RUNS),
         ("np.arange(len(x)) % 5 == 4", "np.arange(len(x)) % 5 == 3", RUNS | {"data"}),  # digits only
