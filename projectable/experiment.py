@@ -138,6 +138,13 @@ def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Mode
     return Specialists(config.shape(data.codebook.length, *config.sizes), data.n_tasks, weights)
 
 
+def _tuned(config: RunConfig, data: TaskData, start: Projectable) -> Model:
+    (size,) = config.sizes
+    with torch.no_grad():
+        weights = start.weights(f"d{size}", torch.arange(data.n_tasks))
+    return Specialists(config.shape(data.codebook.length, size), data.n_tasks, weights)
+
+
 def _projectable(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
     tokens = data.first("train", 20)
     return Projectable(start, data.n_tasks, config.sizes, tokens, about=data, seed=config.seed, **options)
@@ -148,6 +155,7 @@ MODELS = {
     "universal": _universal,
     "distilled": _distilled,
     "specialists": _specialists,
+    "tuned": _tuned,  # specialists that start from projected models
     "projectable": _projectable,
 }
 
