@@ -109,8 +109,7 @@ def sample(folder: str, n: int, output: str, seed: int, temperature: float) -> N
     \b
     Example: projectable sample coat16 -n 64 -o coats.png
     """
-    from projectable.export import write_grid
-    from projectable.standalone import load
+    from projectable.export import load, write_grid
 
     write_grid(load(folder).sample(n, temperature, seed), output)
     click.echo(output)
@@ -128,7 +127,7 @@ def evaluate(folder: str, split: str) -> None:
     Example: projectable evaluate coat16 --split val
     """
     from projectable.export import evaluate as measure
-    from projectable.standalone import load
+    from projectable.export import load
 
     model = load(folder)
     n_images, nats, bits = measure(model, split)
@@ -148,12 +147,11 @@ def info(what: str) -> None:
     """
     from pathlib import Path
 
-    from projectable import runs, standalone
-    from projectable.export import facts
+    from projectable import export, runs
 
     folder = Path(what)
-    if standalone.looks_like_model(folder):
-        rows = facts(standalone.load(folder).config)
+    if export.looks_like_model(folder):
+        rows = export.facts(export.load(folder).config)
     else:
         rows = runs.facts(runs.find_run(what))
     for name, value in rows.items():

@@ -7,14 +7,14 @@ next call goes on from its checkpoint. A lock keeps two processes from training 
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import hashlib
-import inspect
 import json
 import os
+import re
 import signal
 import sys
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -22,15 +22,16 @@ from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from . import baselines, conditioning, generators, projection, tasks, training, transformer
+from . import tasks
 from .baselines import Distilled, Model, Specialists, Universal
 from .config import DataConfig, RunConfig
+from .fingerprint import fingerprint
 from .projection import Projectable
 from .storage import (
+    DamagedFile,
     current_commit,
     device,
     load_tensors,
@@ -38,14 +39,12 @@ from .storage import (
     read_json,
     root,
     save_tensors,
-    write_atomically,
+    write_json,
 )
 from .tasks import TaskData, make_tasks
 from .tasks.codebook import Codebook
 from .tasks.images import content_key
 from .training import split_losses, train
-
-MODELS = ("source", "universal", "distilled", "specialists", "projectable")
 
 
 def runs_dir() -> Path:
@@ -56,29 +55,25 @@ def runs_dir() -> Path:
 # ------------------------------------------------------------------------------------------------ what a run is
 
 
-def _code_of(thing) -> str:
-    """The code of a module or function without comments and docstrings, as a canonical string."""
-    tree = ast.parse(inspect.getsource(thing))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[0].value.value = ""
-    return ast.dump(tree)
+def _strings(value) -> Iterator[str]:
+    """All strings in a config."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
 
 
-@cache
-def _fingerprint(part: str) -> str:
-    """A hash of all code that can change the numbers of data, or of a run."""
-    data = (tasks, tasks.codebook, tasks.images)
-    models = (transformer, generators, conditioning, projection, baselines, training, build)
-    things = data if part == "data" else data + models
-    versions = f"{np.__version__.split('.')[0]} torch {torch.__version__.split('+')[0]}"
-    return hashlib.sha256("".join(map(_code_of, things)).encode() + versions.encode()).hexdigest()
+def _data_code(config: DataConfig) -> str:
+    """A hash of the code that makes these data."""
+    return fingerprint([make_tasks], _strings(asdict(config)))
+
+
+def _run_code(config: RunConfig) -> str:
+    """A hash of the code that decides the numbers of a run: of data, model, training, and of what it starts from."""
+    decide = [untrained, train, RunConfig.shape, RunConfig.rates, make_tasks]
+    code = fingerprint(decide, _strings(asdict(config)), dict(config.options))
+    return code + _run_code(config.start) if config.start is not None else code
 
 
 def data_for(config: DataConfig) -> TaskData:
@@ -88,47 +83,73 @@ def data_for(config: DataConfig) -> TaskData:
 
 @cache
 def _data_for(config: DataConfig, content: str) -> TaskData:
-    key = hashlib.sha256((json.dumps(asdict(config)) + content + _fingerprint("data")).encode()).hexdigest()[:12]
-    path = runs_dir() / f"data-{Path(config.dataset).name}-{config.tasks}-{key}.safetensors"
+    key = hashlib.sha256((json.dumps(asdict(config)) + content + _data_code(config)).encode()).hexdigest()[:12]
+    words = re.sub(r"[^\w.-]+", "-", f"{Path(config.dataset).name}-{config.tasks}")[-60:]
+    path = runs_dir() / f"data-{words}-{key}.safetensors"
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 data = make_tasks(**asdict(config))
                 tensors = {f"{split}.{t}": x for split, xs in data.tokens.items() for t, x in enumerate(xs)}
                 book = data.codebook
-                about = dict(name=data.name, task_names=data.task_names, licence=data.licence)
+                about = dict(name=data.name, task_names=data.task_names, licence=data.licence, families=data.families)
                 about |= dict(patch=book.patch, height=book.height, width=book.width)
                 save_tensors(path, tensors | {"codes": torch.from_numpy(book.codes)}, about)
     tensors, about = load_tensors(path)
     names = tuple(about["task_names"])
     tokens = {s: [tensors[f"{s}.{t}"] for t in range(len(names))] for s in tasks.SPLITS}
     book = Codebook(tensors["codes"].numpy(), about["patch"], about["height"], about["width"])
-    return TaskData(about["name"], names, tokens, book, about["licence"])
+    return TaskData(about["name"], names, tokens, book, about["licence"], tuple(about["families"]))
 
 
 def build(config: RunConfig, data: TaskData) -> Model:
-    """The untrained model of a config, on the CPU; its random numbers come from the config's seed."""
-    start = run(config.start).model() if config.start is not None else None
+    """The untrained model of a config, on the CPU; what it starts from is found, or trained first."""
+    return untrained(config, data, run(config.start).model() if config.start is not None else None)
+
+
+def untrained(config: RunConfig, data: TaskData, start: Model | None) -> Model:
+    """The model of a config from that of its start; its random numbers come from the config's seed."""
+    if config.model not in MODELS:
+        raise ValueError(f"unknown model {config.model!r}; allowed: {', '.join(MODELS)}")
     torch.manual_seed(config.seed)  # after the start was built, which draws from its own seed
-    options, length = dict(config.options), data.codebook.length
-    if config.model == "source":
-        source = Universal(config.shape(length), data.n_tasks, member="source", **options)
-        if start is not None:
-            source.load_state_dict(start.state_dict())
-        return source
-    if config.model == "projectable":
-        return Projectable(start, data.n_tasks, config.sizes, data.first("train", 20), seed=config.seed, **options)
-    shape = config.shape(length, *config.sizes)
-    if config.model == "universal":
-        return Universal(shape, data.n_tasks, **options)
-    if config.model == "distilled":
-        return Distilled(shape, data.n_tasks, teacher=start, **options)
-    if config.model == "specialists":
-        if start is not None:
-            with torch.no_grad():
-                start = start.weights(start.members[0], torch.arange(data.n_tasks))
-        return Specialists(shape, data.n_tasks, start)
-    raise ValueError(f"unknown model {config.model!r}; allowed: {', '.join(MODELS)}")
+    return MODELS[config.model](config, data, start, **dict(config.options))
+
+
+def _source(config: RunConfig, data: TaskData, start: Model | None, **options) -> Model:
+    source = Universal(config.shape(data.codebook.length), data.n_tasks, member="source", **options)
+    if start is not None:
+        source.load_state_dict(start.state_dict())
+    return source
+
+
+def _universal(config: RunConfig, data: TaskData, start: None, **options) -> Model:
+    return Universal(config.shape(data.codebook.length, *config.sizes), data.n_tasks, **options)
+
+
+def _distilled(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
+    return Distilled(config.shape(data.codebook.length, *config.sizes), data.n_tasks, teacher=start, **options)
+
+
+def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Model:
+    weights = None
+    if start is not None:
+        with torch.no_grad():
+            weights = start.weights(start.members[0], torch.arange(data.n_tasks))
+    return Specialists(config.shape(data.codebook.length, *config.sizes), data.n_tasks, weights)
+
+
+def _projectable(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
+    tokens = data.first("train", 20)
+    return Projectable(start, data.n_tasks, config.sizes, tokens, about=data, seed=config.seed, **options)
+
+
+MODELS = {
+    "source": _source,
+    "universal": _universal,
+    "distilled": _distilled,
+    "specialists": _specialists,
+    "projectable": _projectable,
+}
 
 
 def operations(config: RunConfig) -> float:
@@ -167,12 +188,19 @@ class Run:
     @cached_property
     def history(self) -> list[dict]:
         """Rows of step, member, split, loss."""
-        return read_json(self.folder / "history.json")
+        return read_json(self.folder / "history.json")["rows"]
 
     def model(self) -> Model:
-        """The trained model, on the CPU."""
-        model = build(self.config, data_for(self.config.data))
-        model.load_state_dict(load_tensors(self.folder / "model.safetensors")[0])
+        """The trained model, on the CPU; what it started from need not be there (nor is a distilled one's teacher).
+
+        Raises DamagedFile where the weights are damaged or another run's.
+        """
+        path = self.folder / "model.safetensors"
+        tensors, about = load_tensors(path)
+        model = _blank(self.config, data_for(self.config.data))
+        if about.get("config") != self.config.key() or model.state_dict().keys() != tensors.keys():
+            raise DamagedFile(f"{path} holds the weights of another run: delete {self.folder} and run again")
+        model.load_state_dict(tensors)
         return model.eval()
 
     def test_losses(self) -> dict[str, Tensor]:
@@ -180,14 +208,22 @@ class Run:
         path = self.folder / "test.json"
         if not path.exists():
             losses = split_losses(self.model(), data_for(self.config.data), "test")
-            write_atomically(path, json.dumps({member: x.tolist() for member, x in losses.items()}))
+            write_json(path, {member: x.tolist() for member, x in losses.items()})
         return {member: torch.tensor(x, dtype=torch.float64) for member, x in read_json(path).items()}
+
+
+def _blank(config: RunConfig, data: TaskData) -> Model:
+    """A model of that structure to load weights into: nothing is trained for it."""
+    if config.model == "distilled":  # a universal model; only its training asked the teacher
+        options = tuple((k, v) for k, v in config.options if k != "share")
+        config = config.with_(model="universal", options=options, start=None)
+    return untrained(config, data, _blank(config.start, data) if config.start is not None else None)
 
 
 def folder_of(config: RunConfig) -> Path:
     """The run's folder."""
     content = content_key(config.data.dataset)
-    key = hashlib.sha256((config.key() + content + _fingerprint("all")).encode()).hexdigest()[:12]
+    key = hashlib.sha256((config.key() + content + _run_code(config)).encode()).hexdigest()[:12]
     return runs_dir() / f"{config.model}-{key}"
 
 
@@ -215,11 +251,11 @@ def _train(config: RunConfig, folder: Path, report) -> None:
     if torch.cuda.is_available():
         model.to("cuda")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.json", json.dumps(asdict(config), indent=1))
+    write_json(folder / "config.json", asdict(config))
     checkpoint = folder / "checkpoint.safetensors"
     outcome = train(model, data, config, checkpoint, report)
     save_tensors(folder / "model.safetensors", model.state_dict(), {"config": config.key()})
-    write_atomically(folder / "history.json", json.dumps(outcome.history))
+    write_json(folder / "history.json", {"rows": outcome.history})
     val = {
         row["member"]: row["loss"]
         for row in outcome.history
@@ -227,9 +263,7 @@ def _train(config: RunConfig, folder: Path, report) -> None:
     }
     n_parameters = sum(p.numel() for p in model.parameters())
     result = dict(val=val, best_step=outcome.best_step, seconds=outcome.seconds, n_parameters=n_parameters)
-    write_atomically(
-        folder / "result.json", json.dumps(result | dict(device=device(), commit=current_commit()), indent=1)
-    )
+    write_json(folder / "result.json", result | dict(device=device(), commit=current_commit()))
     checkpoint.unlink(missing_ok=True)
 
 

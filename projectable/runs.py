@@ -30,6 +30,8 @@ def read_config(path: str | Path) -> RunConfig:
         raise ConfigError(f"{path} does not exist; allowed: a config as JSON, as config.json in every run") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no JSON ({error})") from None
+    if isinstance(found, dict) and "sha256" in found:  # a run's own: what it says has to be what was trained
+        found = read_json(path)
     return config_from(found, str(path))
 
 

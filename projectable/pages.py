@@ -1,18 +1,62 @@
-"""How results look as pages: an executed notebook, or the index, becomes one HTML file that opens offline.
+"""Notebooks as files and as pages: read and checked, or made into HTML that opens offline, with the index of all.
 
 Notable: maths becomes MathML while the markdown is parsed (so code is left alone), figures are embedded, code
 and progress output are folded away, and there is no script at all. Functions from data to HTML: no file is
-written here. The templates: `index.html.j2` (nbconvert's name for its main one) is the page of a notebook,
+written here. The templates, in `page/`: `index.html.j2` (nbconvert's name for its main one) is the page of a notebook,
 `claims.html.j2` the index of all.
 """
 
+import ast
 import base64
 import io
 import math
 import re
 from pathlib import Path
 
-HERE = Path(__file__).parent
+TEMPLATES = Path(__file__).parent / "page"
+
+
+# ------------------------------------------------------------------------------------------------- a notebook as a file
+
+
+class ReportError(Exception):
+    """A mistake that one line explains: an unknown name, a notebook that can't be run, a folder in use."""
+
+
+def read_notebook(path: Path):
+    """The notebook as nbformat's object."""
+    import nbformat
+
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:  # nbformat raises many kinds
+        raise ReportError(f"{path.name} is not readable as a notebook: {error}") from error
+
+
+def notebook_title(path: Path) -> str:
+    """The first heading, or the file's name."""
+    for cell in read_notebook(path).cells:
+        heading = re.search(r"^# +(.+)$", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else None
+        if heading:
+            return heading[1].strip()
+    return path.stem
+
+
+def check_parameters(path: Path, parameters: dict) -> None:
+    """An error for a parameter that the notebook does not have: papermill would only warn."""
+    cells = [c for c in read_notebook(path).cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise ReportError(f"{path.name}: needs exactly one cell tagged `parameters`, has {len(cells)}")
+    assigned = []
+    for node in ast.parse(cells[0].source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        assigned += [target.id for target in targets if isinstance(target, ast.Name)]
+    unknown = [name for name in parameters if name not in assigned]
+    if unknown:
+        raise ReportError(f"{path.name}: unknown parameter {', '.join(unknown)}; allowed: {', '.join(assigned)}")
+
+
+# ---------------------------------------------------------------------------------------------------- values for people
 
 
 def number(value) -> str:
@@ -50,6 +94,9 @@ def interval(claim: dict) -> str:
     decimals = min(max(1 - math.floor(math.log10(abs(ends[2] - ends[1]))), 3), 6)
     value, low, high = (f"{end:,.{decimals}f}" for end in ends)
     return f"{value} [{low}, {high}]"
+
+
+# ------------------------------------------------------------------------------------------------------ parts of a page
 
 
 def data_uri(png: Path, width: int | None = None) -> str | None:
@@ -123,8 +170,8 @@ def _exporter():
             return MarkdownWithMath(renderer=renderer).render(source)
 
     return PageExporter(
-        template_name=HERE.name,
-        extra_template_basedirs=[str(HERE.parent)],
+        template_name=TEMPLATES.name,
+        extra_template_basedirs=[str(TEMPLATES.parent)],
         exclude_input_prompt=True,
         exclude_output_prompt=True,
     )
@@ -136,7 +183,7 @@ def _css() -> str:
 
     light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
     # Ours comes last: it decides about backgrounds.
-    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{(HERE / 'style.css').read_text()}"
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{(TEMPLATES / 'style.css').read_text()}"
 
 
 def last_states(text: str) -> str:
@@ -174,6 +221,9 @@ def _tidy(nb):
     return nb
 
 
+# ---------------------------------------------------------------------------------------------------------- whole pages
+
+
 def notebook_html(nb, status: dict, folder: Path, previous: str | None = None, next: str | None = None) -> str:
     """The page of an executed notebook; `folder` is where its markdown's pictures are looked up."""
     facts = [
@@ -199,7 +249,7 @@ def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures:
     """The index: headline figure, one row a claim, one row a notebook, one a benchmark (`speed`, if any was run)."""
     from jinja2 import Environment, FileSystemLoader
 
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True)
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     environment.filters.update(
         interval=interval, duration=duration, when=when, number=number, slug=lambda words: words.replace(" ", "-")
     )
