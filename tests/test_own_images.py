@@ -16,8 +16,8 @@ from PIL import Image
 
 from projectable import experiment
 from projectable.config import DataConfig
-from projectable.export import evaluate, export, write_grid
-from projectable.standalone import load
+from projectable.export import evaluate, export, load, write_grid
+from projectable.fingerprint import code_behind
 from projectable.tasks import images, make_tasks, split_images
 from projectable.tasks.images import DataError, content_key, load_digits, load_folder, load_images, read_folder
 
@@ -271,6 +271,16 @@ def test_the_key_is_that_of_names_and_contents(pets, tmp_path):
     assert content_key("digits") == ""
 
 
+def test_editing_how_folders_are_read_leaves_other_runs_as_they_are():
+    def code(dataset):
+        return "\n".join(code_behind([make_tasks], [dataset])[0])
+
+    assert "def read_folder" in code("folder:pets") and "def load_torchvision" in code("CIFAR10")
+    for dataset in ("digits", "fashion"):
+        assert "def read_folder" not in code(dataset) and "def load_torchvision" not in code(dataset)
+        assert str(images.BESIDE.parent) not in code(dataset)
+
+
 def test_changed_images_are_new_data_and_a_new_run(pets):
     config = tiny(data=DataConfig(f"folder:{pets}", "classes", 16, 2, 2))
     before, run = experiment.data_for(config.data), experiment.folder_of(config)
@@ -347,7 +357,7 @@ def test_a_data_set_in_colour_by_name(cifar):
     raw = pickle.loads((cifar / "data_batch_2").read_bytes())
     assert x[20, 1, 2, 1] == np.float32(raw["data"][0, 1024 + 32 + 2] / 255)  # planes of red, green, blue
     assert y.dtype == np.int64 and y_test.tolist() == [i % 10 for i in range(20)]
-    data = make_tasks("CIFAR10", vocab_size=16)
+    data = experiment.data_for(DataConfig("CIFAR10", "classes", vocab_size=16))
     assert data.task_names[3] == "thing 3" and data.codebook.codes.shape == (16, 48)
     assert [len(t) for t in data.tokens["train"]] == [3] * 10  # of four, one is held back
 
