@@ -14,19 +14,21 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import tasks
 from .baselines import Distilled, Model, Specialists, Universal
+from .conditioning import CONDITIONINGS
 from .config import DataConfig, RunConfig
 from .fingerprint import fingerprint
 from .projection import Projectable
@@ -146,8 +148,27 @@ def _tuned(config: RunConfig, data: TaskData, start: Projectable) -> Model:
 
 
 def _projectable(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
+    kind = CONDITIONINGS.get(options.get("conditioning", "LearnedID"))
+    told = {need: TELL[need](data) for need in kind.needs} if kind is not None else None
     tokens = data.first("train", 20)
-    return Projectable(start, data.n_tasks, config.sizes, tokens, about=data, seed=config.seed, **options)
+    return Projectable(start, data.n_tasks, config.sizes, tokens, told=told, seed=config.seed, **options)
+
+
+def _tell_vectors(data: TaskData) -> torch.Tensor:
+    """Mean image features of 50 training images of each task, as their codes show them: (n_tasks, F)."""
+    from .features import image_features
+
+    tokens = data.first("train", 50)
+    images = data.codebook.decode(tokens.flatten(0, 1).numpy())
+    return image_features(images, folder=runs_dir()).view(data.n_tasks, tokens.shape[1], -1).mean(1)
+
+
+TELL: dict[str, Callable[[TaskData], Any]] = {  # what a conditioning may need to be told of the tasks
+    "vectors": _tell_vectors,
+    "names": lambda data: data.task_names,
+    "support": lambda data: data.first("train", 16),
+    "vocab_size": lambda data: len(data.codebook.codes),
+}
 
 
 MODELS = {

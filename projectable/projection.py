@@ -203,7 +203,8 @@ def _map_pair(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 class Projectable(Model):
     """A source and its projections of several sizes: the paper's model.
 
-    `conditioning` makes the task vectors (learned IDs by default), `family` the maps; further options go to the family.
+    `conditioning` makes the task vectors (learned IDs by default) from what it is `told` of the tasks, `family` the
+    maps; further options go to the family.
     `source_mode` says what becomes of the source: `trained` (keeps its own objective), `frozen`, or the controls
     `random_trained` and `random_frozen` (inner weights redrawn at matched scale; embeddings, positions and head
     kept; no objective of its own). `use_task_embedding=False` hides the source's c(t) from the small models.
@@ -225,7 +226,7 @@ class Projectable(Model):
         use_task_embedding: bool = True,
         source_weight: float = 1.0,
         seed: int = 0,
-        about=None,
+        told: dict | None = None,
         **options,
     ):
         super().__init__()
@@ -249,7 +250,7 @@ class Projectable(Model):
                 small_shape(self.shape, size, n_layers),
                 base_maps(weights, tokens, self.shape, size, p0, seed),
             )
-            self.conditioning[f"d{size}"] = make_conditioning(conditioning, n_tasks, z_dim, tokens, about)
+            self.conditioning[f"d{size}"] = make_conditioning(conditioning, n_tasks, z_dim, **(told or {}))
             self.projections[f"d{size}"] = Projection(self.shape, small, bases, z_dim, family, layout, **options)
 
     def told(self, task_ids: Tensor) -> Weights:
@@ -279,8 +280,11 @@ class Projectable(Model):
         vectors: faster. What a family adds to P₀ has factors of its own (`Generator.rates`).
         """
         part, _, rest = name.partition(".")
-        if part != "projections":
+        if part == "source":
             return 1.0
+        if part == "conditioning":
+            member, parameter = rest.split(".", 1)
+            return self.conditioning[member].rate_factor(parameter)
         member, kind, parameter = rest.split(".", 2)
         generator = getattr(self.projections[member], kind)
         factor = {"modulation": 4.0, "neurons": self.shape.d_model / self.shape.d_mlp}.get(kind, 1.0)
