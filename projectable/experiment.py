@@ -17,10 +17,12 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from .baselines import Distilled, Model, Specialists, Universal
 from .conditioning import CONDITIONINGS
 from .config import DataConfig, RunConfig
 from .fingerprint import fingerprint
+from .parallel import Jobs, Team
 from .projection import Projectable
 from .storage import (
     DamagedFile,
@@ -46,7 +49,9 @@ from .storage import (
 from .tasks import TaskData, make_tasks
 from .tasks.codebook import Codebook
 from .tasks.images import content_key
-from .training import split_losses, train
+from .training import Outcome, split_losses, train
+
+Report = Callable[[int, int, float], None]
 
 
 def runs_dir() -> Path:
@@ -67,26 +72,27 @@ def _strings(value) -> Iterator[str]:
 
 
 def _data_code(config: DataConfig) -> str:
-    """A hash of the code that makes these data."""
-    return fingerprint([make_tasks], _strings(asdict(config)))
+    """A hash of what makes these data beside their config: the code, and the images in a folder."""
+    return content_key(config.dataset) + fingerprint([make_tasks], _strings(asdict(config)))
 
 
 def _run_code(config: RunConfig) -> str:
-    """A hash of the code that decides the numbers of a run: of data, model, training, and of what it starts from."""
+    """A hash of what decides the numbers of a run beside its config: data, model, training, and those of its start."""
     decide = [untrained, train, RunConfig.shape, RunConfig.rates, make_tasks]
-    code = fingerprint(decide, _strings(asdict(config)), dict(config.options))
+    code = content_key(config.data.dataset)
+    code += fingerprint(decide, _strings(asdict(config)), dict(config.options))
     return code + _run_code(config.start) if config.start is not None else code
 
 
 def data_for(config: DataConfig) -> TaskData:
     """The task data of a config, encoded once and kept with the runs; anew where the images in a folder changed."""
-    return _data_for(config, content_key(config.dataset))
+    return _data_for(config, _data_code(config))
 
 
 @cache
-def _data_for(config: DataConfig, content: str) -> TaskData:
-    key = hashlib.sha256((json.dumps(asdict(config)) + content + _data_code(config)).encode()).hexdigest()[:12]
-    words = re.sub(r"[^\w.-]+", "-", f"{Path(config.dataset).name}-{config.tasks}")[-60:]
+def _data_for(config: DataConfig, code: str) -> TaskData:
+    key = hashlib.sha256((json.dumps(asdict(config)) + code).encode()).hexdigest()[:12]
+    words = re.sub(r"[^\w.-]+", "-", f"{Path(config.dataset).name}-{config.tasks}")  # a folder is named by its path
     path = runs_dir() / f"data-{words}-{key}.safetensors"
     if not path.exists():
         with locked(path.with_suffix(".lock")):
@@ -251,8 +257,7 @@ def _blank(config: RunConfig, data: TaskData) -> Model:
 
 def folder_of(config: RunConfig) -> Path:
     """The run's folder."""
-    content = content_key(config.data.dataset)
-    key = hashlib.sha256((config.key() + content + _run_code(config)).encode()).hexdigest()[:12]
+    key = hashlib.sha256((config.key() + _run_code(config)).encode()).hexdigest()[:12]
     return runs_dir() / f"{config.model}-{key}"
 
 
@@ -261,44 +266,61 @@ def is_done(config: RunConfig) -> bool:
     return (folder_of(config) / "result.json").exists()
 
 
-def run(config: RunConfig, report=None) -> Run:
-    """The finished run of a config: trained now, or gone on with, or found. `report` as in `training.train`."""
-    folder = folder_of(config)
-    if not is_done(config):
+def run(
+    config: RunConfig, report: Report | None = None, stop: Callable[[], bool] | None = None, team: Team | None = None
+) -> Run:
+    """The finished run of a config: trained now, or gone on with, or found.
+
+    `report`, `stop` and `team` as in `training.train`. What it starts from comes first. Two processes that want the
+    same run train it once; the processes of a team read and write the same folder.
+    """
+    folder, team = folder_of(config), team or Team()
+    if not team.first(lambda: is_done(config)):
         if config.start is not None:
-            run(config.start, report=report)
-        with locked(folder.with_suffix(".lock")):
-            if not is_done(config):
-                _train(config, folder, report)
-        folder.with_suffix(".lock").unlink(missing_ok=True)
+            run(config.start, report, stop, team)
+        with locked(folder.with_suffix(".lock"), _waiting(folder)) if team.rank == 0 else nullcontext():
+            if not team.first(lambda: is_done(config)):
+                _train(config, folder, report, stop, team)
+        if team.rank == 0:
+            folder.with_suffix(".lock").unlink(missing_ok=True)
     return Run(config, folder)
 
 
-def _train(config: RunConfig, folder: Path, report) -> None:
+def _waiting(folder: Path) -> Callable[[], None]:
+    return lambda: print(f"{folder.name} is being trained by another process: waiting for it", file=sys.stderr)
+
+
+def _train(config: RunConfig, folder: Path, report: Report | None, stop: Callable[[], bool] | None, team: Team) -> None:
     data = data_for(config.data)
     model = build(config, data)
     if torch.cuda.is_available():
         model.to("cuda")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", asdict(config))
+    team.first(lambda: write_json(folder / "config.json", asdict(config)))
     checkpoint = folder / "checkpoint.safetensors"
-    outcome = train(model, data, config, checkpoint, report)
+    outcome = train(model, data, config, checkpoint, report, stop=stop, team=team)
+    team.first(lambda: _keep(config, folder, model, outcome, team.size))
+    checkpoint.unlink(missing_ok=True)
+
+
+def _keep(config: RunConfig, folder: Path, model: Model, outcome: Outcome, processes: int) -> None:
+    """Write what a training left; the result last."""
     save_tensors(folder / "model.safetensors", model.state_dict(), {"config": config.key()})
     write_json(folder / "history.json", {"rows": outcome.history})
-    val = {
-        row["member"]: row["loss"]
-        for row in outcome.history
-        if row["split"] == "val" and row["step"] == outcome.best_step
+    best = [row for row in outcome.history if row["split"] == "val" and row["step"] == outcome.best_step]
+    result = {
+        "val": {row["member"]: row["loss"] for row in best},
+        "best_step": outcome.best_step,
+        "seconds": outcome.seconds,
+        "n_parameters": sum(p.numel() for p in model.parameters()),
+        "device": f"{processes} × {device()}" if processes > 1 else device(),
+        "commit": current_commit(),
     }
-    n_parameters = sum(p.numel() for p in model.parameters())
-    result = dict(val=val, best_step=outcome.best_step, seconds=outcome.seconds, n_parameters=n_parameters)
-    write_json(folder / "result.json", result | dict(device=device(), commit=current_commit()))
-    checkpoint.unlink(missing_ok=True)
+    write_json(folder / "result.json", result)
 
 
 # ------------------------------------------------------------------------------------------------- many of them
 
-_progress = None  # a worker's queue to the process that shows the progress
+_progress: Any = None  # a worker's queue to the process that shows the progress
 
 
 def _start_worker(queue, threads: int) -> None:
@@ -311,12 +333,13 @@ def _start_worker(queue, threads: int) -> None:
 
 
 def _work(config: RunConfig, folder: Path, test: bool) -> None:
+    """One run, in a worker or a job."""
     if folder_of(config) != folder:
         raise RuntimeError(
             f"code or images were changed while this process ran: start it again (a worker would write {folder})"
         )
     if not is_done(config):
-        share = (operations(config) - (operations(config.start) if config.start else 0)) / config.steps
+        share = _own_operations(config) / config.steps
         seen = 0
 
         def report(step: int, steps: int, loss: float) -> None:
@@ -325,14 +348,26 @@ def _work(config: RunConfig, folder: Path, test: bool) -> None:
                 _progress.put(share * max(step - seen, 0) if seen else share * min(step, 20))
                 seen = step
 
-        run(config, report)
+        run(config, report if _progress is not None else None)
     if test:
         run(config).test_losses()
 
 
+def _job(config: RunConfig, folder: Path, test: bool) -> None:
+    """One run, as a job on a cluster: on one thread, as beside others here, so that its numbers are the same."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    _work(config, folder, test)
+
+
 @cache
-def _pool(runs: Path):
-    """The workers for that folder of runs, kept between calls: importing torch takes longer than a small run."""
+def _pool(runs: Path, executor: str = ""):
+    """The workers for that folder of runs, kept between calls: importing torch takes longer than a small run.
+
+    And a queue of the operations that they have done.
+    """
+    if executor:
+        return Jobs(executor, runs / "jobs", workers()), SimpleQueue()
     context = get_context("spawn")
     queue = context.Queue()
     threads = 1 if workers() > 1 else torch.get_num_threads()
@@ -344,41 +379,56 @@ def workers() -> int:
     return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)))
 
 
-def run_many(configs: list[RunConfig], words: str = "training", test: bool = False) -> list[Run]:
+def _own_operations(config: RunConfig) -> float:
+    """Multiply-adds of a run's training without its start."""
+    return operations(config) - (operations(config.start) if config.start else 0.0)
+
+
+def run_many(
+    configs: list[RunConfig], words: str = "training", test: bool = False, executor: str | None = None
+) -> list[Run]:
     """The finished runs of all configs, in order; what is missing is trained side by side, with a line of progress.
 
-    `test=True` also evaluates them on test images. Raises the first error, after the others have been saved.
+    `test=True` also evaluates them on test images. `executor` says where: by workers of this process (""), or as jobs
+    of submitit, `local` or `slurm`; by default as PROJECTABLE_EXECUTOR says. Raises the first error, after the others
+    have been saved; ValueError for an unknown executor.
     """
     from tqdm import tqdm
 
+    executor = os.environ.get("PROJECTABLE_EXECUTOR", "") if executor is None else executor
     todo = {folder_of(c): c for c in configs if not is_done(c) or test and not (folder_of(c) / "test.json").exists()}
     if not todo:
         return [Run(c, folder_of(c)) for c in configs]
     parents = [c.start for c in todo.values() if c.start is not None and not is_done(c.start)]
     if parents:
-        run_many(list({folder_of(c): c for c in parents}.values()), f"{words}: what these start from")
+        unique = list({folder_of(c): c for c in parents}.values())
+        run_many(unique, f"{words}: what these start from", executor=executor)
     for data in {c.data for c in todo.values()}:
         data_for(data)
     order = sorted(todo.values(), key=operations, reverse=True)  # long ones first: the cores end together
-
-    def rest(c: RunConfig) -> float:
-        return 0.0 if is_done(c) else operations(c) - (operations(c.start) if c.start else 0.0)
-
-    total = sum(map(rest, order))
+    rest = {folder_of(c): 0.0 if is_done(c) else _own_operations(c) for c in order}
+    total = sum(rest.values())
     bar = tqdm(total=total / 1e9, unit="GMAC", desc=f"{words}, {len(order)} runs", mininterval=5, bar_format=BAR)
-    pool, queue = _pool(runs_dir())
-    waiting = {pool.submit(_work, c, folder_of(c), test) for c in order}
+    pool, queue = _pool(runs_dir(), executor)
+    waiting = {pool.submit(_job if executor else _work, c, folder_of(c), test): folder_of(c) for c in order}
     errors = []
     try:
         while waiting:
-            done, waiting = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
+            done, _ = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
+            for future in done:
+                folder, error = waiting.pop(future), future.exception()
+                errors += [error] if error is not None else []
+                if executor:  # a job does not say how far it is
+                    queue.put(rest[folder])
             while not queue.empty():
                 bar.update(min(queue.get() / 1e9, bar.total - bar.n))
-            errors += [future.exception() for future in done if future.exception() is not None]
     except KeyboardInterrupt:  # the workers go at once; what they had is in their checkpoints
         _pool.cache_clear()
-        for process in list(pool._processes.values()):
-            process.terminate()
+        if executor:
+            pool.cancel()
+        else:
+            for process in list(pool._processes.values()):
+                process.terminate()
         raise
     bar.update(bar.total - bar.n)
     bar.close()

@@ -17,7 +17,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from types import FunctionType, ModuleType
 from typing import Any
@@ -59,7 +59,7 @@ def code_behind(
     pieces: set[str] = set()
     todo, seen, registries = list(things), set(), {}
     while todo:
-        thing = inspect.unwrap(todo.pop())
+        thing = _bare(todo.pop())
         if thing in seen:
             continue
         seen.add(thing)
@@ -89,8 +89,15 @@ def _forms(word: str) -> set[str]:
     return {word, word.partition(":")[0], word.rstrip("0123456789")}
 
 
+def _bare(value: Any) -> Any:
+    """A function without decorators and given arguments; anything else as it is."""
+    while isinstance(value, partial):
+        value = value.func
+    return inspect.unwrap(value) if callable(value) else value
+
+
 def _is_code(value: Any) -> bool:
-    return isinstance(value, type) or isinstance(inspect.unwrap(value) if callable(value) else value, FunctionType)
+    return isinstance(_bare(value), type | FunctionType)
 
 
 def _is_plain(value: Any) -> bool:
@@ -105,7 +112,7 @@ def _stable(value: Any) -> str:
 
 def _counts(value: Any, beside: Any) -> bool:
     """Whether it is code of this package, or of the module from which it is referred to."""
-    module = inspect.unwrap(value).__module__
+    module = _bare(value).__module__
     ours = module == beside.__module__ or module.partition(".")[0] == PACKAGE
     return ours and module not in LEFT_OUT
 
@@ -147,12 +154,14 @@ class _Code:
 def _read(thing: Any) -> _Code:
     """The code of a function or class; of one whose source nobody has (typed in, say) its name alone."""
     tree = _tree_of(thing)
-    default_of, strings, names, imports = {}, [], set(), []
+    default_of, compared, strings, names, imports = {}, set(), [], set(), []
     for node in ast.walk(tree):
         if isinstance(node, ast.arguments):
             last = (node.posonlyargs + node.args)[-len(node.defaults) :] if node.defaults else []
             pairs = [*zip(last, node.defaults, strict=True), *zip(node.kwonlyargs, node.kw_defaults, strict=True)]
             default_of |= {id(default): argument.arg for argument, default in pairs}
+        elif isinstance(node, ast.Compare):  # chooses nothing
+            compared |= {id(part) for part in ast.walk(node)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             strings.append(node)
         elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").partition(".")[0] == PACKAGE):
@@ -162,8 +171,14 @@ def _read(thing: Any) -> _Code:
         elif isinstance(node, ast.Name | ast.Attribute):
             names.add(_dotted(node))
     text = f"{thing.__qualname__}: {ast.unparse(tree)}"
-    found = tuple((node.value, default_of.get(id(node))) for node in strings)
-    return _Code(text, found, tuple(sorted(names - {()})), tuple(imports), thing.__module__)
+    found = tuple((node.value, default_of.get(id(node))) for node in strings if id(node) not in compared)
+    return _Code(
+        text,
+        found,
+        tuple(sorted(n for n in names if n and not n[0].startswith("__"))),
+        tuple(imports),
+        thing.__module__,
+    )
 
 
 def _dotted(node: ast.AST) -> tuple[str, ...]:

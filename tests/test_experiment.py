@@ -174,7 +174,8 @@ def edit(monkeypatch):
         fingerprint._read.cache_clear()
         fingerprint._known.clear()
         names = {name: folder_of(config).name for name, config in KEYED.items()}
-        return names | {"data": experiment._data_code(DIGITS), "fashion": experiment._data_code(DataConfig())}
+        datasets = {"data": DIGITS, "fashion": DataConfig(), "glyphs": DataConfig("glyphs")}
+        return names | {name: experiment._data_code(data) for name, data in datasets.items()}
 
     yield keys
     fingerprint._read.cache_clear()
@@ -193,14 +194,17 @@ KEYED = {
     "from low rank": tiny(model="specialists", start=tiny_projectable(options={"family": "LowRank"})),
 }
 LOW_RANK, SPECIALISTS = {"low rank", "from low rank"}, {"specialists", "tuned", "from low rank"}
-RUNS, PROJECTED, ALL = set(KEYED), {"linear", "by default", *LOW_RANK}, {*KEYED, "data", "fashion"}
+RUNS, PROJECTED, ALL = set(KEYED), {"linear", "by default", *LOW_RANK}, {*KEYED, "data", "fashion", "glyphs"}
 
 
 @pytest.mark.parametrize(
     ("old", "new", "changed"),
     [
         ("self.left * gate", "self.left * (2 * gate)", LOW_RANK),
-        ("torch.addmm(self.base", "torch.addmm(2 * self.base", PROJECTED),  # every family has linear gains and shifts
+        ("torch.addmm(self.base", "torch.addmm(2 * self.base", PROJECTED),  # for their gains, too
+        ("class Kronecker(Generator):", "class Kronecker(Generator):\n    other = 1", set()),
+        ("def load_folder(", "def load_folder(a, ", set()),
+        ("def make_glyphs(", "def make_glyphs(a, ", {"glyphs"}),
         ("self.base = nn.Parameter(base.clone", "self.base = nn.Parameter(2 * base.clone", PROJECTED),
         ("torch.randn(n_tasks, z_dim)", "torch.zeros(n_tasks, z_dim)", PROJECTED),
         ("return x.reshape(n, rows * cols", "return -x.reshape(n, rows * cols", ALL),
@@ -208,7 +212,7 @@ RUNS, PROJECTED, ALL = set(KEYED), {"linear", "by default", *LOW_RANK}, {*KEYED,
         ("(1 - self.share)", "(2 - self.share)", {"distilled"}),
         ("w = w.unsqueeze(0).repeat", "w = 2 * w.unsqueeze(0).repeat", SPECIALISTS),
         ("start.weights(start.members[0]", "start.weights(start.members[-1]", SPECIALISTS),
-        ('"scale": 1 + scale', '"scale": 2 + scale', RUNS),
+        ("w[name] = scale[:, rows]", "w[name] = 2 * scale[:, rows]", RUNS),
         ("betas=(0.9, 0.95)", "betas=(0.9, 0.99)", RUNS),
         ("return rates | {", "return {} | rates | {", RUNS),
         ("np.arange(len(x)) % 5 == 4", "np.arange(len(x)) % 5 == 3", RUNS | {"data"}),  # digits only

@@ -147,8 +147,8 @@ def make_tasks(
     if scarce := re.fullmatch(r"(.+)-few(\d+)(?:-s(\d+))?", tasks):
         whole = make_tasks(dataset, scarce[1], vocab_size, patch, val_per_class, seed)
         return few(whole, int(scarce[2]), int(scarce[3] or 0))
-    if dataset in OTHERS:
-        return OTHERS[dataset](tasks, vocab_size, patch, val_per_class, seed)
+    if dataset in MAKERS:
+        return MAKERS[dataset](tasks, vocab_size, patch, val_per_class, seed)
     images = load_images(dataset, patch)
     splits = split_images(images, val_per_class, seed)
     held_out = [images.label_names.index(c) for c in HELD_OUT_CLASSES.get(dataset, ())]
@@ -184,4 +184,10 @@ def _glyphs(tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: i
     return make_glyphs(tasks, vocab_size, patch, val_per_class, seed)
 
 
-OTHERS = {"glyphs": _glyphs}  # data sets whose tasks are not labels of images in a folder
+def _text(tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int) -> TaskData:
+    from .text import make_text
+
+    return make_text(tasks, vocab_size, val_per_class, seed)
+
+
+MAKERS = {"glyphs": _glyphs, "text": _text}  # data sets with tasks of their own; a run's key follows the one it names
