@@ -25,7 +25,7 @@ class Arm:
     words: str  # as a legend shows it
     model: str
     lr: dict[int, float]
-    steps: str = "both"  # source (the source alone), joint, both (as many examples as source and joint), matched
+    steps: str = "both"  # source (the source alone), joint, both (as many examples as source and joint), half, matched
     start: str = ""  # the arm whose run it starts from
     options: dict = field(default_factory=dict)
     max_seeds: int | None = None  # fewer seeds for arms that no claim rests on
@@ -36,10 +36,11 @@ class Arm:
         return self.lr[max([s for s in self.lr if s <= size], default=min(self.lr))]
 
 
-_UNIVERSAL = {8: 4e-2, 16: 2.8e-2, 32: 2e-2}
-_SPECIALIST = {8: 2.8e-2, 16: 1.4e-2, 32: 5e-3}
-_TUNED = {8: 1e-2, 16: 7e-3, 32: 3e-3}
-_MAPS = {8: 3.4e-3}
+_UNIVERSAL = {8: 8e-2, 16: 4e-2, 32: 2e-2}
+_SPECIALIST = {8: 5.6e-2, 16: 2.8e-2, 32: 1e-2}
+_TUNED = {8: 4e-2, 16: 1.4e-2, 32: 7e-3}
+_MAPS = {8: 6.8e-3}
+_SOURCE = dict(conditioning="additive", zero_writes=True)
 LAMBDA = 3.0  # weight of the source's own objective: with 1 the source loses about 1 % (validation images)
 
 
@@ -49,27 +50,50 @@ def _projected(words: str, lr: dict[int, float] = _MAPS, max_seeds=None, smalles
 
 
 ARMS = {
-    "source": Arm("source alone", "source", {0: 1.4e-2}, "source"),
-    "source_control": Arm("source, trained on without projections", "source", {0: 1e-2}, "joint", "source"),
+    "source": Arm("source alone", "source", {0: 1.4e-2}, "source", options=_SOURCE),
+    "source_control": Arm(
+        "source, trained on without projections", "source", {0: 1e-2}, "joint", "source", options=_SOURCE
+    ),
     "universal_token": Arm("universal, task token", "universal", _UNIVERSAL, options=dict(conditioning="token")),
     "universal_additive": Arm("universal, additive", "universal", _UNIVERSAL, options=dict(conditioning="additive")),
     "universal_film": Arm("universal, FiLM", "universal", _UNIVERSAL, options=dict(conditioning="film")),
     "universal_adaln": Arm("universal, AdaLN-Zero", "universal", _UNIVERSAL, options=dict(conditioning="adaln")),
     "universal_distilled": Arm(
-        "best universal, distilled from the source", "distilled", _UNIVERSAL, start="source", max_seeds=3
+        "best universal, distilled from the source",
+        "distilled",
+        {8: 1.1e-1, 16: 5.6e-2, 32: 2.8e-2},
+        start="source",
+        max_seeds=3,
     ),
-    "universal_matched": Arm("best universal, the projections' compute", "universal", _UNIVERSAL, "matched"),
+    "universal_matched": Arm(
+        "best universal, the projections' compute",
+        "universal",
+        {8: 5.6e-2, 16: 2.8e-2, 32: 1.4e-2},
+        "matched",
+        max_seeds=3,
+    ),
     "specialists": Arm("specialists from scratch", "specialists", _SPECIALIST),
-    "specialists_tuned": Arm("specialists, tuned from the best universal", "specialists", _TUNED, "joint", "universal"),
+    "specialists_tuned": Arm("specialists, tuned from the best universal", "specialists", _TUNED, "half", "universal"),
     "projected": _projected("projected", family="Linear", z_dim=8),
     "projected_few_dims": _projected(
-        "projected, task vectors of 3 dimensions", smallest_only=True, family="Linear", z_dim=3
+        "projected, task vectors of 3 dimensions", {8: 1.4e-2}, smallest_only=True, family="Linear", z_dim=3
     ),
-    "static_token": _projected("over-parametrised universal (StaticToken)", {8: 5e-3}, family="Static"),
-    "static": _projected("one model for all tasks (Static)", {8: 5e-3}, 3, family="Static", use_task_embedding=False),
-    "bank_trained": _projected("random source, trained", family="Linear", z_dim=8, source_mode="random_trained"),
+    "static_token": _projected(
+        "over-parametrised universal (StaticToken)", {8: 1.4e-2, 16: 1e-2, 32: 7e-3}, family="Static"
+    ),
+    "static": _projected(
+        "one model for all tasks (Static)", {8: 1e-2, 16: 1e-2, 32: 7e-3}, 3, family="Static", use_task_embedding=False
+    ),
+    "bank_trained": _projected(
+        "random source, trained", {8: 4.8e-3}, family="Linear", z_dim=8, source_mode="random_trained"
+    ),
     "bank_frozen": _projected(
-        "random source, frozen", max_seeds=3, family="Linear", z_dim=8, source_mode="random_frozen"
+        "random source, frozen",
+        {8: 2e-2, 16: 1.4e-2, 32: 1.4e-2},
+        max_seeds=3,
+        family="Linear",
+        z_dim=8,
+        source_mode="random_frozen",
     ),
     "source_frozen": _projected(
         "projected, source frozen", max_seeds=3, family="Linear", z_dim=8, source_mode="frozen"
@@ -94,13 +118,14 @@ class Study:
         options, start = dict(arm.options), None
         if name in ("universal_distilled", "universal_matched"):
             options["conditioning"] = dict(ARMS[self.best_universal(*sizes)].options)["conditioning"]
-        if arm.start == "universal":
+        both = p.source_steps + p.joint_steps
+        steps = {"source": p.source_steps, "joint": p.joint_steps, "both": both, "half": both // 2}
+        n_steps = self.matched_steps() if arm.steps == "matched" else steps[arm.steps]
+        if arm.start == "universal":  # shorter than the rival itself: both together see as many examples as all arms
             best = self.best_universal(*sizes)
-            start = self.config(best, {s: self.rates(best)[s] for s in sizes}, seed)
+            start = self.config(best, {s: self.rates(best)[s] for s in sizes}, seed).with_(steps=both - n_steps)
         elif arm.start:
             start = self.config(arm.start, self.rates(arm.start), seed)
-        steps = {"source": p.source_steps, "joint": p.joint_steps, "both": p.source_steps + p.joint_steps}
-        n_steps = self.matched_steps() if arm.steps == "matched" else steps[arm.steps]
         source_lr = 0.0
         if arm.model == "source":
             (source_lr,) = rates.values()

@@ -42,6 +42,7 @@ from .storage import (
 )
 from .tasks import TaskData, make_tasks
 from .tasks.codebook import Codebook
+from .tasks.images import content_key
 from .training import split_losses, train
 
 MODELS = ("source", "universal", "distilled", "specialists", "projectable")
@@ -80,11 +81,15 @@ def _fingerprint(part: str) -> str:
     return hashlib.sha256("".join(map(_code_of, things)).encode() + versions.encode()).hexdigest()
 
 
-@cache
 def data_for(config: DataConfig) -> TaskData:
-    """The task data of a config, encoded once and kept with the runs."""
-    key = hashlib.sha256((json.dumps(asdict(config)) + _fingerprint("data")).encode()).hexdigest()[:12]
-    path = runs_dir() / f"data-{config.dataset}-{config.tasks}-{key}.safetensors"
+    """The task data of a config, encoded once and kept with the runs; anew where the images in a folder changed."""
+    return _data_for(config, content_key(config.dataset))
+
+
+@cache
+def _data_for(config: DataConfig, content: str) -> TaskData:
+    key = hashlib.sha256((json.dumps(asdict(config)) + content + _fingerprint("data")).encode()).hexdigest()[:12]
+    path = runs_dir() / f"data-{Path(config.dataset).name}-{config.tasks}-{key}.safetensors"
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
@@ -181,7 +186,8 @@ class Run:
 
 def folder_of(config: RunConfig) -> Path:
     """The run's folder."""
-    key = hashlib.sha256((config.key() + _fingerprint("all")).encode()).hexdigest()[:12]
+    content = content_key(config.data.dataset)
+    key = hashlib.sha256((config.key() + content + _fingerprint("all")).encode()).hexdigest()[:12]
     return runs_dir() / f"{config.model}-{key}"
 
 
@@ -244,7 +250,7 @@ def _start_worker(queue, threads: int) -> None:
 def _work(config: RunConfig, folder: Path, test: bool) -> None:
     if folder_of(config) != folder:
         raise RuntimeError(
-            f"the code was edited while this process ran: start it again (a worker would write {folder})"
+            f"code or images were changed while this process ran: start it again (a worker would write {folder})"
         )
     if not is_done(config):
         share = (operations(config) - (operations(config.start) if config.start else 0)) / config.steps

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ from .codebook import Codebook
 from .images import Images, load_images
 
 SPLITS = ("train", "val", "test")
+HELD_OUT_CLASSES = {  # of `seen7` and `unseen3`: fixed before anything was trained
+    "fashion": ("sandal", "shirt", "bag"),
+    "digits": ("2", "5", "8"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class TaskData:
     tokens: dict[str, list[Tensor]]
     codebook: Codebook
     licence: str = ""
+    families: tuple[str, ...] = ()  # of each task, where tasks come in families (scripts)
 
     @property
     def n_tasks(self) -> int:
@@ -68,24 +74,55 @@ class TaskData:
 
 
 def split_images(images: Images, val_per_class: int, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Training images less `val_per_class` of each class for validation; the test images as they are."""
+    """Training images less `val_per_class` of each class (a quarter of it at most) for validation; the test images.
+
+    An image set that comes with validation images keeps them.
+    """
+    if images.val is not None:
+        return {"train": images.train, "val": images.val, "test": images.test}
     x, y = images.train
     rng = np.random.default_rng(seed)
     val = np.zeros(len(x), bool)
     for label in range(len(images.label_names)):
-        val[rng.permutation(np.nonzero(y == label)[0])[:val_per_class]] = True
+        mine = np.nonzero(y == label)[0]
+        val[rng.permutation(mine)[: min(val_per_class, max(1, len(mine) // 4))]] = True
     return {"train": (x[~val], y[~val]), "val": (x[val], y[val]), "test": images.test}
 
 
 def cluster_labels(splits: dict[str, tuple[np.ndarray, np.ndarray]], n_clusters: int, seed: int = 0):
-    """Another definition of tasks: k-means clusters of PCA'd pixels, fitted on training images only."""
+    """Another definition of tasks: k-means clusters of PCA'd pixels, fitted on training images only.
+
+    Raises ValueError for no cluster, or more of them than images to fit them on.
+    """
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
 
     flat = {name: x.reshape(len(x), -1) for name, (x, _) in splits.items()}
-    pca = PCA(32, random_state=seed).fit(flat["train"][:20_000])
-    kmeans = KMeans(n_clusters, n_init=1, max_iter=50, random_state=seed).fit(pca.transform(flat["train"][:20_000]))
+    some = flat["train"][:20_000]
+    if not 1 <= n_clusters <= len(some):
+        raise ValueError(
+            f"clusters{n_clusters} of {len(some)} training images; allowed: clusters1 to clusters{len(some)}"
+        )
+    pca = PCA(min(32, *some.shape), random_state=seed).fit(some)
+    kmeans = KMeans(n_clusters, n_init=1, max_iter=50, random_state=seed).fit(pca.transform(some))
     return {name: kmeans.predict(pca.transform(x)).astype(np.int64) for name, x in flat.items()}
+
+
+def few(data: TaskData, n: int, seed: int = 0) -> TaskData:
+    """The same tasks with n images each: about a fifth, at least one, of validation, the rest of training.
+
+    Test images stay. For one seed a smaller n takes a part of what a larger one takes. Raises ValueError.
+    """
+    n_val = max(1, round(n / 5))
+    counts = {"train": n - n_val, "val": n_val}
+    tokens = dict(data.tokens)
+    for number, (split, count) in enumerate(counts.items()):
+        least = min(map(len, data.tokens[split]))
+        if not 1 <= count <= least:
+            raise ValueError(f"few={n} means {count} {split} images of each task; {data.name} allows 1 to {least}")
+        rng = [np.random.default_rng([seed, number, t]) for t in range(data.n_tasks)]
+        tokens[split] = [x[r.permutation(len(x))[:count]] for r, x in zip(rng, data.tokens[split], strict=True)]
+    return replace(data, name=f"{data.name}-few{n}-s{seed}", tokens=tokens)
 
 
 def make_tasks(
@@ -98,20 +135,50 @@ def make_tasks(
 ) -> TaskData:
     """Tasks of an image set: `classes`, or `clustersK` (e.g. clusters64). The codebook sees training images only.
 
-    Raises ValueError naming the allowed values.
+    `dataset` is a name or `folder:PATH`, see `tasks.images`; `glyphs` and `text` have tasks of their own (see these
+    modules). `seen7` and `unseen3` are the classes without and with `HELD_OUT_CLASSES`; the codebook sees the former
+    only. Any tasks with `-fewN` or `-fewN-sS` behind them: N images of each, drawn with seed S (see `few`).
+
+    Raises ValueError naming the allowed values; DataError where images are missing or too few.
     """
-    images = load_images(dataset)
+    for name, value in (("vocab_size", vocab_size), ("patch", patch)):
+        if value < 1:
+            raise ValueError(f"{name}={value}; allowed: 1 or more")
+    if scarce := re.fullmatch(r"(.+)-few(\d+)(?:-s(\d+))?", tasks):
+        whole = make_tasks(dataset, scarce[1], vocab_size, patch, val_per_class, seed)
+        return few(whole, int(scarce[2]), int(scarce[3] or 0))
+    if dataset == "glyphs":
+        from .glyphs import make_glyphs
+
+        return make_glyphs(tasks, vocab_size, patch, val_per_class, seed)
+    if dataset == "text":
+        from .text import make_text
+
+        return make_text(tasks, vocab_size, val_per_class, seed)
+    images = load_images(dataset, patch)
     splits = split_images(images, val_per_class, seed)
-    codebook = Codebook.fit(splits["train"][0][:10_000], patch, vocab_size, seed)
-    if tasks == "classes":
+    held_out = [images.label_names.index(c) for c in HELD_OUT_CLASSES.get(dataset, ())]
+    one_side = bool(held_out) and tasks in ("seen7", "unseen3")
+    x, y = splits["train"]
+    if one_side:
+        x = x[~np.isin(y, held_out)]
+    codebook = Codebook.fit(x[:10_000], patch, vocab_size, seed)
+    if tasks == "classes" or one_side:
         labels, names = {name: y for name, (_, y) in splits.items()}, images.label_names
     elif tasks.startswith("clusters") and tasks[8:].isdigit():
         n_tasks = int(tasks[8:])
         labels, names = cluster_labels(splits, n_tasks, seed), tuple(f"cluster {i}" for i in range(n_tasks))
     else:
-        raise ValueError(f"unknown tasks {tasks!r}; allowed: classes, clustersK with a number K (clusters64)")
+        more = f", seen7, unseen3 ({', '.join(HELD_OUT_CLASSES[dataset])})" if held_out else ""
+        raise ValueError(f"unknown tasks {tasks!r}; allowed: classes, clustersK with a number K (clusters64){more}")
+    chosen = [t for t in range(len(names)) if not one_side or (t in held_out) == (tasks == "unseen3")]
     tokens = {}
     for split, (x, _) in splits.items():
         encoded = torch.from_numpy(codebook.encode(x))
-        tokens[split] = [encoded[torch.from_numpy(labels[split] == t)] for t in range(len(names))]
-    return TaskData(f"{dataset}/{tasks}", names, tokens, codebook, images.licence)
+        tokens[split] = [encoded[torch.from_numpy(labels[split] == t)] for t in chosen]
+        for t, mine in zip(chosen, tokens[split], strict=True):
+            if not len(mine):
+                raise ValueError(
+                    f"{names[t]!r} of {dataset}/{tasks} has no {split} images: fewer tasks or more images are needed"
+                )
+    return TaskData(f"{images.name}/{tasks}", tuple(names[t] for t in chosen), tokens, codebook, images.licence)
