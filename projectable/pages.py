@@ -246,7 +246,8 @@ def _tidy(nb):
             continue
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata["summary"] = "parameters of this run"
-        streams, outputs = {}, []
+        streams: dict = {}
+        outputs = []
         for output in cell.outputs:
             if output.output_type == "stream" and output.name in streams:
                 streams[output.name].text += output.text
