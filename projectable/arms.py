@@ -218,7 +218,7 @@ class Study:
                     ks = sorted(k for s, k in trials[name] if s == size)
                     found = {k: runs[trials[name][size, k].key()] for k in ks}
                     losses = {k: r.result["val"][member or f"d{size}"] for k, r in found.items()}
-                    best = min(losses, key=losses.get)
+                    best = min(losses, key=losses.__getitem__)
                     edge = best in (ks[0], ks[-1])
                     if edge and len(ks) < self.profile.max_trials:
                         powers[name][size] = [*ks, best + (1 if best == ks[-1] else -1)]

@@ -36,7 +36,7 @@ OTHER = "#7A7A7A"
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
 
-STYLE = {
+STYLE: dict = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.labelsize": 11,
@@ -67,7 +67,7 @@ def family(arm: str) -> str | None:
 
 def colour(arm: str) -> str:
     """The fixed colour of an arm's family; grey for an arm of none."""
-    return FAMILIES.get(family(str(arm)), OTHER)
+    return FAMILIES.get(family(str(arm)) or "", OTHER)
 
 
 def looks(arms) -> dict[str, dict]:

@@ -72,7 +72,7 @@ def _digest(tensors: dict[str, Tensor], about: str) -> str:
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
         sha.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
-        sha.update(t.view(-1).view(torch.uint8).numpy() if t.numel() else b"")
+        sha.update(t.view(-1).view(torch.uint8).numpy().data if t.numel() else b"")
     return sha.hexdigest()
 
 
