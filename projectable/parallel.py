@@ -55,7 +55,7 @@ class Torchrun(Team):
         self.device = torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")
 
     def losses(self, model: nn.Module) -> Losses:
-        # every step has the same graph; what no loss reaches (IDs beside Static maps) has no gradient, as in one process
+        # every step has the same graph; what no loss reaches (IDs beside Static maps) has no gradient, as in one
         return DistributedDataParallel(_Losses(model), static_graph=True)
 
     def sum(self, values: Tensor) -> Tensor:
