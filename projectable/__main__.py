@@ -3,10 +3,11 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 import click
 
-from projectable import reporting
+from projectable import pages, reporting
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,6 +46,24 @@ def report(profile: str) -> None:
     """Render the pages and the index again from what was executed, without running anything."""
     count = reporting.report(profile)
     click.echo(f"{count} pages rendered: {reporting.reports_dir(profile) / 'index.html'}")
+
+
+@cli.command()
+@click.argument("notebooks", nargs=-1, type=click.Path(path_type=Path))
+def check(notebooks: tuple[Path, ...]) -> None:
+    """Check that notebooks are fit to be stored.
+
+    One cell tagged `parameters` with literals only, `profile` first; no outputs. All numbered ones if none is named.
+    """
+    failed = 0
+    for path in notebooks or reporting.notebook_paths():
+        try:
+            pages.check_stored(path)
+        except pages.ReportError as error:
+            failed += 1
+            click.echo(f"error: {error}", err=True)
+    if failed:
+        sys.exit(1)
 
 
 # --------------------------------------------------------------------------------------------- runs and models
@@ -170,8 +189,6 @@ def info(what: str) -> None:
     \b
     Example: projectable info coat16
     """
-    from pathlib import Path
-
     from projectable import export, runs
 
     folder = Path(what)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from . import tasks
 from .baselines import Distilled, Model, Specialists, Universal
+from .conditioning import CONDITIONINGS
 from .config import DataConfig, RunConfig
 from .fingerprint import fingerprint
 from .parallel import Jobs, Team
@@ -99,14 +100,14 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
                 data = make_tasks(**asdict(config))
                 tensors = {f"{split}.{t}": x for split, xs in data.tokens.items() for t, x in enumerate(xs)}
                 book = data.codebook
-                about = dict(name=data.name, task_names=data.task_names, licence=data.licence)
+                about = dict(name=data.name, task_names=data.task_names, licence=data.licence, families=data.families)
                 about |= dict(patch=book.patch, height=book.height, width=book.width)
                 save_tensors(path, tensors | {"codes": torch.from_numpy(book.codes)}, about)
     tensors, about = load_tensors(path)
     names = tuple(about["task_names"])
     tokens = {s: [tensors[f"{s}.{t}"] for t in range(len(names))] for s in tasks.SPLITS}
     book = Codebook(tensors["codes"].numpy(), about["patch"], about["height"], about["width"])
-    return TaskData(about["name"], names, tokens, book, about["licence"])
+    return TaskData(about["name"], names, tokens, book, about["licence"], tuple(about["families"]))
 
 
 def build(config: RunConfig, data: TaskData) -> Model:
@@ -145,8 +146,35 @@ def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Mode
     return Specialists(config.shape(data.codebook.length, *config.sizes), data.n_tasks, weights)
 
 
+def _tuned(config: RunConfig, data: TaskData, start: Projectable) -> Model:
+    (size,) = config.sizes
+    with torch.no_grad():
+        weights = start.weights(f"d{size}", torch.arange(data.n_tasks))
+    return Specialists(config.shape(data.codebook.length, size), data.n_tasks, weights)
+
+
 def _projectable(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
-    return Projectable(start, data.n_tasks, config.sizes, data.first("train", 20), seed=config.seed, **options)
+    kind = CONDITIONINGS.get(options.get("conditioning", "LearnedID"))
+    told = {need: TELL[need](data) for need in kind.needs} if kind is not None else None
+    tokens = data.first("train", 20)
+    return Projectable(start, data.n_tasks, config.sizes, tokens, told=told, seed=config.seed, **options)
+
+
+def _tell_vectors(data: TaskData) -> torch.Tensor:
+    """Mean image features of 50 training images of each task, as their codes show them: (n_tasks, F)."""
+    from .features import image_features
+
+    tokens = data.first("train", 50)
+    images = data.codebook.decode(tokens.flatten(0, 1).numpy())
+    return image_features(images, folder=runs_dir()).view(data.n_tasks, tokens.shape[1], -1).mean(1)
+
+
+TELL: dict[str, Callable[[TaskData], Any]] = {  # what a conditioning may need to be told of the tasks
+    "vectors": _tell_vectors,
+    "names": lambda data: data.task_names,
+    "support": lambda data: data.first("train", 16),
+    "vocab_size": lambda data: len(data.codebook.codes),
+}
 
 
 MODELS = {
@@ -154,6 +182,7 @@ MODELS = {
     "universal": _universal,
     "distilled": _distilled,
     "specialists": _specialists,
+    "tuned": _tuned,  # specialists that start from projected models
     "projectable": _projectable,
 }
 
@@ -266,11 +295,18 @@ def _train(config: RunConfig, folder: Path, report: Report | None, stop: Callabl
     model = build(config, data)
     if torch.cuda.is_available():
         model.to("cuda")
-    team.first(lambda: write_json(folder / "config.json", asdict(config)))
+    team.first(lambda: _prepare(config, folder))
     checkpoint = folder / "checkpoint.safetensors"
     outcome = train(model, data, config, checkpoint, report, stop=stop, team=team)
     team.first(lambda: _keep(config, folder, model, outcome, team.size))
     checkpoint.unlink(missing_ok=True)
+
+
+def _prepare(config: RunConfig, folder: Path) -> None:
+    """Write what is trained, and clear away what a killed process was writing."""
+    write_json(folder / "config.json", asdict(config))
+    for draft in folder.glob(".*"):
+        draft.unlink()
 
 
 def _keep(config: RunConfig, folder: Path, model: Model, outcome: Outcome, processes: int) -> None:

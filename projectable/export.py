@@ -105,7 +105,7 @@ class SmallTransformer(nn.Module):
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         weights = dict(self.weights.items())
         tokens = sample(weights, n, self.shape.length, self.shape.d_head, temperature, generator)
-        return self.codebook.decode(tokens[0].cpu())
+        return self.codebook.decode(tokens[0].cpu().numpy())
 
 
 def load(folder: str | Path) -> SmallTransformer:
@@ -208,7 +208,7 @@ def _check_keys(found: dict, allowed: dict, where: str) -> None:
             raise ModelError(f"{where}: {key}={value!r:.60} is no {needed.__name__}")
         if isinstance(kind, dict):
             _check_keys(value, kind, f"{where}, {key}")
-        elif needed is int and value < (key not in ("task_id", "seed", "val_per_class")):
+        elif isinstance(value, int) and value < (key not in ("task_id", "seed", "val_per_class")):
             raise ModelError(f"{where}: {key}={value} is too small")
     for key in found.keys() - allowed.keys():
         raise ModelError(f"{where}: unknown key {key!r}; allowed: {', '.join(allowed)}")
@@ -371,6 +371,7 @@ def export_onnx(model: SmallTransformer, path: str | Path) -> Path:
             dynamo=True,
             verbose=False,
         )
+    assert program is not None  # with dynamo
     about = dict(patch=book.patch, height=book.height, width=book.width, length=model.shape.length, task=model.task)
     codes = np.ascontiguousarray(book.codes, "<f4")
     about |= dict(codes=base64.b64encode(codes.tobytes()).decode(), n_codes=len(codes))

@@ -42,18 +42,57 @@ def notebook_title(path: Path) -> str:
     return path.stem
 
 
-def check_parameters(path: Path, parameters: dict) -> None:
-    """An error for a parameter that the notebook does not have: papermill would only warn."""
-    cells = [c for c in read_notebook(path).cells if "parameters" in c.metadata.get("tags", [])]
+def _parameter_lines(path: Path, nb) -> list[ast.stmt]:
+    """The statements of the one cell tagged `parameters`."""
+    cells = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise ReportError(f"{path.name}: needs exactly one cell tagged `parameters`, has {len(cells)}")
-    assigned = []
-    for node in ast.parse(cells[0].source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        assigned += [target.id for target in targets if isinstance(target, ast.Name)]
+    try:
+        return ast.parse(cells[0].source).body
+    except SyntaxError as error:
+        raise ReportError(f"{path.name}: line {error.lineno} of the parameters: {error.msg}") from None
+
+
+def _assigned(line: ast.stmt) -> list[str]:
+    """The plain names that a statement assigns."""
+    targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def check_parameters(path: Path, parameters: dict) -> None:
+    """An error for a parameter that the notebook does not have: papermill would only warn."""
+    assigned = [name for line in _parameter_lines(path, read_notebook(path)) for name in _assigned(line)]
     unknown = [name for name in parameters if name not in assigned]
     if unknown:
         raise ReportError(f"{path.name}: unknown parameter {', '.join(unknown)}; allowed: {', '.join(assigned)}")
+
+
+def check_stored(path: Path) -> None:
+    """An error for a notebook that is not fit to be stored.
+
+    Fit: exactly one `parameters` cell, which assigns literals only, `profile` first; no outputs, no execution counts.
+    """
+    nb = read_notebook(path)
+    lines = _parameter_lines(path, nb)
+    for line in lines:
+        value = line.value if isinstance(line, ast.Assign | ast.AnnAssign) else None
+        if value is None or not _is_literal(value) or len(_assigned(line)) != 1:
+            raise ReportError(f"{path.name}: `{ast.unparse(line)}` among the parameters; allowed: name = literal")
+    first = _assigned(lines[0])[0] if lines else "missing"
+    if first != "profile":
+        raise ReportError(f"{path.name}: the first parameter is {first}; allowed: profile")
+    ran = [str(i) for i, c in enumerate(nb.cells, 1) if c.get("outputs") or c.get("execution_count") is not None]
+    if ran:
+        strip = f"jupyter nbconvert --clear-output --inplace {path}"
+        raise ReportError(f"{path.name}: cell {', '.join(ran)} is stored with its run; `{strip}` strips it")
+
+
+def _is_literal(value: ast.expr) -> bool:
+    try:
+        ast.literal_eval(value)
+    except ValueError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------- values for people
@@ -207,7 +246,8 @@ def _tidy(nb):
             continue
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata["summary"] = "parameters of this run"
-        streams, outputs = {}, []
+        streams: dict = {}
+        outputs = []
         for output in cell.outputs:
             if output.output_type == "stream" and output.name in streams:
                 streams[output.name].text += output.text

@@ -387,12 +387,14 @@ def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None) -> 
     for path in paths:
         check_parameters(path, {"profile": profile})
     usual = {path: read_status(path, profile).seconds for path in paths}
-    failed, took, start = [], [], time.monotonic()
+    failed: list[str] = []
+    took: list[float] = []
+    start = time.monotonic()
     with lock(profile):
         for place, path in enumerate(paths, 1):
             print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)
             status = run_notebook(path, profile)
-            took.append(status.seconds)
+            took.append(status.seconds or 0.0)
             left = sum(usual[p] or sum(took) / len(took) for p in paths[place:])
             rest = f", about {pages.duration(left)} left" if place < len(paths) else ""
             print(
