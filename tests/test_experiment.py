@@ -252,14 +252,16 @@ def test_a_family_of_a_notebook_counts_as_it_is_now(monkeypatch):
 
 
 def test_a_function_in_a_registry_counts_whatever_its_form(monkeypatch):
-    def keys(**entries):
-        monkeypatch.setattr(experiment, "TELL", experiment.TELL | entries)
+    def key(name, tell):
+        monkeypatch.setitem(experiment.TELL, name, tell)
         return folder_of(tiny_projectable(options={"conditioning": "SupportSet"}))
 
-    entries = [{"support": lambda data: data.first("train", 16)}, {"support": lambda data: data.first("train", 8)}]
+    entry = {
+        "support": lambda data: data.first("train", 8),
+    }
     other = lambda data: data.first("train", 4)  # noqa: E731
-    found = [keys(**entries[0]), keys(**entries[1]), keys(support=other)]
-    assert len(set(found)) == 3 and keys(names=other) == found[-1]
+    found = [key("support", experiment.TELL["support"]), key("support", entry["support"]), key("support", other)]
+    assert len(set(found)) == 3 and key("names", other) == found[-1]
 
 
 def test_a_constant_counts_with_its_value(edit, monkeypatch):
