@@ -102,6 +102,11 @@ class Profile:
         """The same images with clusters as tasks."""
         return replace(self.data, tasks=f"clusters{self.n_clusters}")
 
+    @property
+    def short(self) -> Profile:
+        """The same with half of the steps, for comparisons of many arms: all of them shortened alike."""
+        return replace(self, source_steps=self.source_steps // 2, joint_steps=self.joint_steps // 2)
+
 
 PROFILES = {
     "smoke": Profile(

@@ -9,6 +9,7 @@ Notable:
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullLocator
@@ -233,6 +234,44 @@ def loss_against_operations(df: pd.DataFrame) -> Figure:
     ax.set_xlabel("million multiply-adds an image (widths above the points)")
     ax.set_ylabel(LOSS)
     _legend(ax, df["arm"].nunique())
+    return fig
+
+
+@style()
+def loss_against_parameters(df: pd.DataFrame) -> Figure:
+    """Loss against the parameters of the generators, a panel a size. `df`: family, d_s, maps, loss."""
+    sizes = sorted(df["d_s"].unique())
+    fig, axes = _panels(len(sizes), sharey=False)
+    colours = sns.color_palette("colorblind", df["family"].nunique())
+    for ax, size in zip(axes, sizes, strict=True):
+        for place, (name, part) in enumerate(df[df["d_s"] == size].groupby("family", sort=False)):
+            marker = MARKERS[place % len(MARKERS)]
+            ax.plot(part["maps"], part["loss"], marker, ms=8, color=colours[place], label=label_of(name))
+        ax.set_xscale("log")
+        ax.set_xlabel("parameters of the maps")
+        ax.set_title(f"width {size}")
+    axes[0].set_ylabel(LOSS)
+    _legend_below(fig, axes)
+    return fig
+
+
+@style()
+def changes(df: pd.DataFrame, xlabel: str) -> Figure:
+    """Gaps by change, a panel a size: seeds as points, means as bars. `df`: change, d_s, gap."""
+    sizes, names = sorted(df["d_s"].unique()), list(dict.fromkeys(df["change"]))
+    fig, axes = _panels(len(sizes), height=1.2 + 0.32 * len(names))
+    for ax, size in zip(axes, sizes, strict=True):
+        for place, name in enumerate(names):
+            gap = df[(df["change"] == name) & (df["d_s"] == size)]["gap"]
+            if len(gap):
+                better = FAMILIES["projected"] if gap.mean() >= 0 else FAMILIES["universal"]
+                ax.barh(place, gap.mean(), height=0.6, color=better, alpha=0.5)
+                ax.plot(gap, [place] * len(gap), "o", ms=3, color=better)
+        ax.axvline(0, color="#1D2430", lw=1)
+        ax.set_yticks(range(len(names)), [label_of(name) for name in names])
+        ax.set_title(f"width {size}")
+    axes[0].invert_yaxis()
+    fig.supxlabel(xlabel, fontsize="medium")
     return fig
 
 
