@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce smoke test lab bench lint clean
+.PHONY: help reproduce smoke test lab bench lint hooks lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,12 +37,22 @@ bench: .venv/.bench-ready ## time the building blocks on one thread, into build/
 	@mkdir -p build
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-json=build/bench.json
 
-lint: .venv/.ready ## check format and style of code and notebooks
+lint: .venv/.ready ## check format, style and types of the code, and what the notebooks store
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m projectable check
+
+hooks: .venv/.dev-ready ## check every commit before it is made (pre-commit, local hooks only)
+	$(BIN)/pre-commit install
+
+lock: .venv/.dev-ready ## renew requirements.lock: the newest versions that go together
+	CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --upgrade --extra dev --strip-extras \
+		--unsafe-package projectable --unsafe-package setuptools --unsafe-package pip --no-emit-options \
+		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --output-file requirements.lock pyproject.toml
 
 clean: ## remove build/ and caches; keeps reports/, runs/ and .venv
-	rm -rf build .pytest_cache .ruff_cache .benchmarks *.egg-info
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache .benchmarks *.egg-info
 	find projectable tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted install is taken up again.
@@ -51,6 +61,6 @@ clean: ## remove build/ and caches; keeps reports/, runs/ and .venv
 	$(BIN)/python -m pip install --quiet $(PIP_INSTALL_ARGS) -e '.[test]'
 	@touch $@
 
-.venv/.bench-ready: .venv/.ready
-	$(BIN)/python -m pip install --quiet $(PIP_INSTALL_ARGS) -e '.[test,bench]'
+.venv/.bench-ready .venv/.dev-ready: .venv/.%-ready: .venv/.ready
+	$(BIN)/python -m pip install --quiet $(PIP_INSTALL_ARGS) -e '.[test,$*]'
 	@touch $@

@@ -25,21 +25,25 @@ class Arm:
     words: str  # as a legend shows it
     model: str
     lr: dict[int, float]
-    steps: str = "both"  # source (the source alone), joint, both (as many examples as source and joint), matched
+    # source (the source alone), joint, both (as many examples as source and joint), half, matched (as much compute as
+    # source and projections of all sizes), or a share of both
+    steps: str | float = "both"
     start: str = ""  # the arm whose run it starts from
     options: dict = field(default_factory=dict)
     max_seeds: int | None = None  # fewer seeds for arms that no claim rests on
     smallest_only: bool = False  # only the smallest size, where a claim is about that one
+    one_start: bool = False  # all seeds start from the first seed's run
 
     def middle(self, size: int) -> float:
         """Where the sweep of that size is centred."""
         return self.lr[max([s for s in self.lr if s <= size], default=min(self.lr))]
 
 
-_UNIVERSAL = {8: 4e-2, 16: 2.8e-2, 32: 2e-2}
-_SPECIALIST = {8: 2.8e-2, 16: 1.4e-2, 32: 5e-3}
-_TUNED = {8: 1e-2, 16: 7e-3, 32: 3e-3}
-_MAPS = {8: 3.4e-3}
+_UNIVERSAL = {8: 8e-2, 16: 4e-2, 32: 2e-2}
+_SPECIALIST = {8: 5.6e-2, 16: 2.8e-2, 32: 1e-2}
+_TUNED = {8: 4e-2, 16: 1.4e-2, 32: 7e-3}
+_MAPS = {8: 6.8e-3}
+_SOURCE = dict(conditioning="additive", zero_writes=True)
 LAMBDA = 3.0  # weight of the source's own objective: with 1 the source loses about 1 % (validation images)
 
 
@@ -49,32 +53,75 @@ def _projected(words: str, lr: dict[int, float] = _MAPS, max_seeds=None, smalles
 
 
 ARMS = {
-    "source": Arm("source alone", "source", {0: 1.4e-2}, "source"),
-    "source_control": Arm("source, trained on without projections", "source", {0: 1e-2}, "joint", "source"),
+    "source": Arm("source alone", "source", {0: 1.4e-2}, "source", options=_SOURCE),
+    "source_control": Arm(
+        "source, trained on without projections", "source", {0: 1e-2}, "joint", "source", options=_SOURCE
+    ),
     "universal_token": Arm("universal, task token", "universal", _UNIVERSAL, options=dict(conditioning="token")),
     "universal_additive": Arm("universal, additive", "universal", _UNIVERSAL, options=dict(conditioning="additive")),
     "universal_film": Arm("universal, FiLM", "universal", _UNIVERSAL, options=dict(conditioning="film")),
     "universal_adaln": Arm("universal, AdaLN-Zero", "universal", _UNIVERSAL, options=dict(conditioning="adaln")),
     "universal_distilled": Arm(
-        "best universal, distilled from the source", "distilled", _UNIVERSAL, start="source", max_seeds=3
+        "best universal, distilled from the source",
+        "distilled",
+        {8: 1.1e-1, 16: 5.6e-2, 32: 2.8e-2},
+        start="source",
+        max_seeds=3,
     ),
-    "universal_matched": Arm("best universal, the projections' compute", "universal", _UNIVERSAL, "matched"),
+    "universal_matched": Arm(
+        "best universal, the projections' compute",
+        "universal",
+        {8: 5.6e-2, 16: 2.8e-2, 32: 1.4e-2},
+        "matched",
+        max_seeds=3,
+    ),
     "specialists": Arm("specialists from scratch", "specialists", _SPECIALIST),
-    "specialists_tuned": Arm("specialists, tuned from the best universal", "specialists", _TUNED, "joint", "universal"),
+    "specialists_tuned": Arm("specialists, tuned from the best universal", "specialists", _TUNED, "half", "universal"),
     "projected": _projected("projected", family="Linear", z_dim=8),
     "projected_few_dims": _projected(
-        "projected, task vectors of 3 dimensions", smallest_only=True, family="Linear", z_dim=3
+        "projected, task vectors of 3 dimensions", {8: 1.4e-2}, smallest_only=True, family="Linear", z_dim=3
     ),
-    "static_token": _projected("over-parametrised universal (StaticToken)", {8: 5e-3}, family="Static"),
-    "static": _projected("one model for all tasks (Static)", {8: 5e-3}, 3, family="Static", use_task_embedding=False),
-    "bank_trained": _projected("random source, trained", family="Linear", z_dim=8, source_mode="random_trained"),
+    "static_token": _projected(
+        "over-parametrised universal (StaticToken)", {8: 1.4e-2, 16: 1e-2, 32: 7e-3}, family="Static"
+    ),
+    "static": _projected(
+        "one model for all tasks (Static)", {8: 1e-2, 16: 1e-2, 32: 7e-3}, 3, family="Static", use_task_embedding=False
+    ),
+    "bank_trained": _projected(
+        "random source, trained", {8: 4.8e-3}, family="Linear", z_dim=8, source_mode="random_trained"
+    ),
     "bank_frozen": _projected(
-        "random source, frozen", max_seeds=3, family="Linear", z_dim=8, source_mode="random_frozen"
+        "random source, frozen",
+        {8: 2e-2, 16: 1.4e-2, 32: 1.4e-2},
+        max_seeds=3,
+        family="Linear",
+        z_dim=8,
+        source_mode="random_frozen",
     ),
     "source_frozen": _projected(
         "projected, source frozen", max_seeds=3, family="Linear", z_dim=8, source_mode="frozen"
     ),
 }
+# of the notebook on direct training: specialists from scratch with fewer and more steps, and from projected models
+_TUNED_ON = {0.01: {8: 2e-3, 32: 1e-3}, 0.1: {8: 1e-2, 16: 5e-3, 32: 3e-3}, 1.0: {8: 2e-2, 16: 1e-2, 32: 4e-3}}
+DIRECT = {
+    f"specialists_{name}": Arm(f"specialists from scratch, {words}", "specialists", _SPECIALIST, steps, max_seeds=3)
+    for name, words, steps in (("a_tenth", "a tenth of the steps", 0.1), ("a_third", "a third", 0.3))
+}
+DIRECT["specialists_matched"] = Arm(
+    "specialists from scratch, the projections' compute",
+    "specialists",
+    {8: 4e-2, 16: 1.4e-2, 32: 5e-3},
+    "matched",
+    max_seeds=3,
+)
+DIRECT |= {
+    f"tuned_{share:g}": Arm(f"projected, then {share:.0%} of the steps", "tuned", lr, share, "projected", max_seeds=3)
+    for share, lr in _TUNED_ON.items()
+}
+# of the notebook on stability: other generators over one and the same source
+STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True)}
+EVERY = ARMS | DIRECT | STABILITY
 
 
 class Study:
@@ -89,18 +136,22 @@ class Study:
 
     def config(self, name: str, rates: dict[int, float], seed: int) -> RunConfig:
         """The run of an arm for the sizes in `rates` (learning rate by size), a seed and this profile."""
-        arm, p = ARMS[name], self.profile
+        arm, p = EVERY[name], self.profile
         sizes = () if arm.model == "source" else tuple(sorted(rates))
         options, start = dict(arm.options), None
         if name in ("universal_distilled", "universal_matched"):
             options["conditioning"] = dict(ARMS[self.best_universal(*sizes)].options)["conditioning"]
-        if arm.start == "universal":
+        both = p.source_steps + p.joint_steps
+        steps = {"source": p.source_steps, "joint": p.joint_steps, "both": both, "half": both // 2}
+        if isinstance(arm.steps, float):
+            n_steps = max(1, round(arm.steps * both))
+        else:
+            n_steps = self.matched_steps() if arm.steps == "matched" else steps[arm.steps]
+        if arm.start == "universal":  # shorter than the rival itself: both together see as many examples as all arms
             best = self.best_universal(*sizes)
-            start = self.config(best, {s: self.rates(best)[s] for s in sizes}, seed)
+            start = self.config(best, {s: self.rates(best)[s] for s in sizes}, seed).with_(steps=both - n_steps)
         elif arm.start:
-            start = self.config(arm.start, self.rates(arm.start), seed)
-        steps = {"source": p.source_steps, "joint": p.joint_steps, "both": p.source_steps + p.joint_steps}
-        n_steps = self.matched_steps() if arm.steps == "matched" else steps[arm.steps]
+            start = self.config(arm.start, self.rates(arm.start), p.seeds[0] if arm.one_start else seed)
         source_lr = 0.0
         if arm.model == "source":
             (source_lr,) = rates.values()
@@ -133,13 +184,13 @@ class Study:
     # ------------------------------------------------------------------------------------------------ sweeps
 
     def _sizes(self, name: str) -> tuple[int, ...]:
-        if ARMS[name].model == "source":
+        if EVERY[name].model == "source":
             return (self.profile.d_source,)
-        return self.sizes[:1] if ARMS[name].smallest_only else self.sizes
+        return self.sizes[:1] if EVERY[name].smallest_only else self.sizes
 
     def _trials(self, name: str, powers: dict[int, list[int]]) -> dict[tuple[int, int], RunConfig]:
         """{(size, power): config}: rate = middle · FACTOR^power. Projections train all sizes in one run."""
-        seed, arm = self.profile.seeds[0], ARMS[name]
+        seed, arm = self.profile.seeds[0], EVERY[name]
 
         def rate(size: int, power: int) -> float:
             return float(f"{arm.middle(size) * FACTOR**power:.2g}")
@@ -162,12 +213,12 @@ class Study:
             runs = dict(zip([c.key() for c in unique], run_many(unique, f"sweep of {', '.join(names)}"), strict=True))
             rows, again = [], False
             for name in names:
-                member = "source" if ARMS[name].model == "source" else None
+                member = "source" if EVERY[name].model == "source" else None
                 for size in self._sizes(name):
                     ks = sorted(k for s, k in trials[name] if s == size)
                     found = {k: runs[trials[name][size, k].key()] for k in ks}
                     losses = {k: r.result["val"][member or f"d{size}"] for k, r in found.items()}
-                    best = min(losses, key=losses.get)
+                    best = min(losses, key=losses.__getitem__)
                     edge = best in (ks[0], ks[-1])
                     if edge and len(ks) < self.profile.max_trials:
                         powers[name][size] = [*ks, best + (1 if best == ks[-1] else -1)]
@@ -211,11 +262,11 @@ class Study:
             if name == "universal":
                 chosen = {s: self.best_universal(s) for s in self.sizes}
                 parts = [(chosen[s], {s: self.rates(chosen[s])[s]}) for s in self.sizes]
-            elif ARMS[name].model == "projectable":
+            elif EVERY[name].model == "projectable":
                 parts = [(name, self.rates(name))]
             else:
                 parts = [(name, {s: lr}) for s, lr in self.rates(name).items()]
-            seeds = self.profile.seeds[: ARMS[name].max_seeds if name in ARMS else None]
+            seeds = self.profile.seeds[: EVERY[name].max_seeds if name in EVERY else None]
             configs += [(name, self.config(arm, rates, seed)) for seed in seeds for arm, rates in parts]
         runs = run_many([c for _, c in configs], f"seeds of {', '.join(names)}", test)
         result: dict[str, list[Run]] = {name: [] for name in names}

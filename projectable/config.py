@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 
 from .transformer import Shape
 
+PRECISIONS = ("float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -45,6 +47,7 @@ class RunConfig:
     val_images: int = 100  # of each task, at every evaluation
     patience: int = 0  # evaluations without a better one; 0: never stop early
     checkpoint_every: int = 200  # steps
+    precision: str = "float32"  # or bfloat16: training under autocast, on CUDA only (slower on a CPU)
     options: tuple[tuple[str, object], ...] = ()  # further arguments of the model
     start: RunConfig | None = None
 
@@ -53,6 +56,8 @@ class RunConfig:
             raise ValueError(
                 f"{len(self.lr)} learning rates for {len(self.sizes)} sizes {self.sizes}: one each is allowed"
             )
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}; allowed: {', '.join(PRECISIONS)}")
 
     def shape(self, length: int, d_model: int | None = None) -> Shape:
         """The Transformer of that width (default: the source's) for sequences of `length` tokens."""
@@ -122,8 +127,8 @@ PROFILES = {
         d_source=64,
         n_layers=2,
         sizes=(8, 16, 32),
-        source_steps=400,
-        joint_steps=600,
+        source_steps=200,
+        joint_steps=800,
         images_per_task=4,
         tasks_per_step=10,
         seeds=(0, 1, 2, 3, 4),
@@ -139,8 +144,8 @@ PROFILES = {
         d_source=128,
         n_layers=3,
         sizes=(8, 16, 32, 64),
-        source_steps=4000,
-        joint_steps=8000,
+        source_steps=2000,
+        joint_steps=10000,
         images_per_task=24,
         tasks_per_step=10,
         seeds=(0, 1, 2, 3, 4),

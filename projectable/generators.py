@@ -8,14 +8,20 @@ caller chooses. The contract, which every family inherits and `tests/test_genera
 - gradients reach every parameter within two steps.
 
 Add a family: subclass `Generator`, decorate it with `@family`. DESIGN: z is the only thing it knows of a task.
+
+What multiplies a zero starts with entries near 1, so that a step of the learning rate in any parameter moves the
+maps' entries by about as much; `rates` corrects what is left.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 FAMILIES: dict[str, type[Generator]] = {}
 
@@ -27,14 +33,26 @@ def family(cls: type[Generator]) -> type[Generator]:
 
 
 def make_generator(name: str, base: Tensor, z_dim: int, **options) -> Generator:
-    """The generator of that family over base maps P₀ (S, m, n); raises ValueError naming the allowed families."""
+    """The generator of that family over base maps P₀ (S, m, n).
+
+    Raises ValueError naming the allowed values for an unknown family or option, and for maps it cannot make.
+    """
     if name not in FAMILIES:
         raise ValueError(f"unknown generator {name!r}; allowed: {', '.join(FAMILIES)}")
+    known = inspect.signature(FAMILIES[name]).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for option in options:
+        if option not in known and not takes_any:
+            allowed = ", ".join(key for key in known if key not in ("base", "z_dim")) or "none"
+            raise ValueError(f"unknown option {option!r} of the generator {name}; allowed: {allowed}")
     return FAMILIES[name](base, z_dim, **options)
 
 
 class Generator(nn.Module):
     """The base: a learned P₀ and no task term. `base` is (S, m, n)."""
+
+    rates: dict[str, float] = {}  # parameter → how much faster than P₀ it learns; 1 where it is not named
+    needs_columns = False  # P₀ must have orthonormal columns: not for maps that start at zero
 
     def __init__(self, base: Tensor, z_dim: int):
         super().__init__()
@@ -43,6 +61,20 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:  # (T, K) → (T, S, m, n)
         raise NotImplementedError
+
+    def rate_factor(self, name: str) -> float:
+        """By how much the generator's parameter of that name learns faster than P₀."""
+        return self.rates.get(name, 1.0)
+
+    def n_parameters(self) -> int:
+        """Numbers that it holds, P₀ included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def n_operations(self) -> int:
+        """Multiply-adds of the matrix products that make one task's maps."""
+        with FlopCounterMode(display=False) as counter:
+            self(self.base.new_zeros(1, self.z_dim))
+        return counter.get_total_flops() // 2
 
 
 @family
@@ -69,6 +101,8 @@ class Static(Generator):
 class Linear(Generator):
     """P₀ + Σ_k z_k B_k: the plain reading of the paper. B starts at zero."""
 
+    rates = {"directions": 0.4}  # they add up over the dimensions of z
+
     def __init__(self, base: Tensor, z_dim: int):
         super().__init__(base, z_dim)
         self.directions = nn.Parameter(torch.zeros(z_dim, *base.shape))
@@ -80,16 +114,146 @@ class Linear(Generator):
 
 @family
 class LowRank(Generator):
-    """P₀ + U diag(A z) Vᵀ, r columns in U and V. A starts at zero."""
+    """P₀ + U diag(A z) Vᵀ, at most r columns in U and V. A starts at zero."""
 
     def __init__(self, base: Tensor, z_dim: int, rank: int = 4):
         super().__init__(base, z_dim)
         stack, m, n = base.shape
-        rank = min(rank, m, n)
-        self.left = nn.Parameter(torch.randn(stack, m, rank) / math.sqrt(m))
-        self.right = nn.Parameter(torch.randn(stack, n, rank) / math.sqrt(n))
+        rank = min(_positive(rank=rank), m, n)
+        self.left = nn.Parameter(torch.randn(stack, m, rank))
+        self.right = nn.Parameter(torch.randn(stack, n, rank) / math.sqrt(rank))
         self.gate = nn.Parameter(torch.zeros(z_dim, stack * rank))
 
     def forward(self, z: Tensor) -> Tensor:
         gate = (z @ self.gate).view(len(z), len(self.base), 1, -1)  # (T, S, 1, r)
-        return self.base + (self.left * gate) @ self.right.transpose(1, 2)
+        return self.base + (self.left * gate) @ self.right.mT
+
+
+@family
+class LowRankMLP(Generator):
+    """P₀ + U(z) V(z)ᵀ, at most r columns each, from one small MLP for the whole stack (as in Text-to-LoRA).
+
+    The hidden layer is GELU(z W + e): e, an embedding of every map, tells layers and roles apart. U starts at zero.
+    """
+
+    rates = {"left": 0.1}  # adds up over the hidden units
+
+    def __init__(self, base: Tensor, z_dim: int, rank: int = 4, hidden: int = 32):
+        super().__init__(base, z_dim)
+        stack, m, n = base.shape
+        hidden, rank = _positive(hidden=hidden), min(_positive(rank=rank), m, n)
+        self.inward = nn.Parameter(torch.randn(z_dim, hidden) / math.sqrt(z_dim))
+        self.embedding = nn.Parameter(torch.randn(stack, hidden))
+        self.left = nn.Parameter(torch.zeros(hidden, m * rank))
+        self.right = nn.Parameter(torch.randn(hidden, n * rank) / math.sqrt(hidden * rank))
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = F.gelu((z @ self.inward).unsqueeze(1) + self.embedding)  # (T, S, H)
+        _, m, n = self.base.shape
+        left, right = (h @ self.left).unflatten(-1, (m, -1)), (h @ self.right).unflatten(-1, (n, -1))
+        return self.base + left @ right.mT  # (T, S, m, r), (T, S, n, r)
+
+
+@family
+class Kronecker(Generator):
+    """P₀ + Σ_k A_k(z) ⊗ B_k, A_k linear in z and zero at the start: cheap, and of full rank.
+
+    B_k is (m₂, n₂), the largest divisors of m and n up to their roots: 1 for a prime, and A_k as large as the map.
+    """
+
+    def __init__(self, base: Tensor, z_dim: int, terms: int = 4):
+        super().__init__(base, z_dim)
+        stack, m, n = base.shape
+        terms, rows, columns = _positive(terms=terms), _divisor(m), _divisor(n)
+        self.coefficients = nn.Parameter(torch.zeros(z_dim, stack, terms, m // rows, n // columns))
+        self.blocks = nn.Parameter(torch.randn(stack, terms, rows, columns) / math.sqrt(terms))
+
+    def forward(self, z: Tensor) -> Tensor:
+        a = (z @ self.coefficients.flatten(1)).view(-1, *self.coefficients.shape[1:])  # (T, S, k, m₁, n₁)
+        term = torch.einsum("tskab,skcd->tsacbd", a, self.blocks)
+        return self.base + term.reshape(-1, *self.base.shape)
+
+
+@family
+class Orthonormal(Generator):
+    """The polar factor of another family's maps X, the nearest matrices with orthonormal columns: X (XᵀX)^(−1/2).
+
+    The root is made by a fixed number of Newton–Schulz steps of fifth order on XᵀX: no SVD, whose gradient does not
+    exist where singular values are equal, as all are at the start. Four steps bring columns to 1e-5 of orthonormal
+    where the singular values of X are within a factor 2.5 of each other, to 1e-3 within a factor 5. Further `options`
+    go to the inner family. P₀ must have orthonormal columns (ValueError): maps that start at zero need another family.
+    """
+
+    needs_columns = True
+
+    def __init__(self, base: Tensor, z_dim: int, inner: str = "Linear", steps: int = 4, **options):
+        nn.Module.__init__(self)  # P₀ belongs to the inner generator
+        self.z_dim, self.steps = z_dim, _positive(steps=steps)
+        error = (base.mT @ base - torch.eye(base.shape[-1]).to(base)).abs().max().item()
+        if error > 1e-3:
+            raise ValueError(
+                f"Orthonormal starts from maps with orthonormal columns; PᵀP of this P₀ {tuple(base.shape)} is "
+                f"{error:.2g} away from the identity"
+            )
+        self.inner = make_generator(inner, base, z_dim, **options)
+
+    @property
+    def base(self) -> Tensor:
+        return self.inner.base
+
+    def rate_factor(self, name: str) -> float:
+        return self.inner.rate_factor(name.removeprefix("inner."))
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.inner(z)
+        gram = x.mT @ x  # (T, S, n, n)
+        square = gram @ gram
+        scale = _scale_of(gram.detach(), square.detach())  # the polar factor has no scale
+        gram, square = gram / scale, square / scale.square()
+        one, root, step = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device), None, None
+        for _ in range(self.steps):  # singular values s of X become s (15 − 10 s² + 3 s⁴) / 8, up to s² < 7/3
+            if root is not None:
+                gram = step @ gram @ step
+                square = gram @ gram
+            step = 1.875 * one - 1.25 * gram + 0.375 * square
+            root = step if root is None else root @ step
+        return x @ (root * scale.rsqrt())
+
+
+@family
+class Mixture(Generator):
+    """Σ_e softmax(g z)_e P_e, P_e = P₀ + D_e: experts that start alike, mixed by a gate of each map.
+
+    D starts at zero, g at random (logits of standard deviation 2 for entries of z near 1): tasks pull at experts of
+    their own.
+    """
+
+    def __init__(self, base: Tensor, z_dim: int, experts: int = 4):
+        super().__init__(base, z_dim)
+        experts = _positive(experts=experts)
+        self.offsets = nn.Parameter(torch.zeros(experts, *base.shape))
+        self.gate = nn.Parameter(torch.randn(z_dim, len(base) * experts) * 2 / math.sqrt(z_dim))
+
+    def forward(self, z: Tensor) -> Tensor:
+        share = (z @ self.gate).view(len(z), len(self.base), -1).softmax(-1)  # (T, S, E)
+        return self.base + torch.einsum("tse,esmn->tsmn", share, self.offsets)
+
+
+def _positive(**option: int) -> int:
+    """The value of an option that has to be a whole number of 1 or more; raises ValueError naming it."""
+    ((name, value),) = option.items()
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} is not allowed: it must be a whole number of 1 or more")
+    return value
+
+
+def _divisor(size: int) -> int:
+    """The largest divisor of size that is not above its root."""
+    return next(d for d in range(math.isqrt(size), 0, -1) if size % d == 0)
+
+
+def _scale_of(gram: Tensor, square: Tensor) -> Tensor:
+    """The size of the eigenvalues of G, (…, 1, 1): 1 for the identity, and never below 1/2.2 of the largest."""
+    bound = square.abs().sum(-1, keepdim=True).amax(-2, keepdim=True).sqrt()  # of the largest, by row sums of G²
+    middle = torch.linalg.matrix_norm(square, keepdim=True) / torch.linalg.matrix_norm(gram, keepdim=True)
+    return torch.maximum(middle, bound / 2.2).clamp_min(1e-30)

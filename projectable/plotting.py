@@ -36,7 +36,7 @@ OTHER = "#7A7A7A"
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
 
-STYLE = {
+STYLE: dict = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.labelsize": 11,
@@ -67,7 +67,7 @@ def family(arm: str) -> str | None:
 
 def colour(arm: str) -> str:
     """The fixed colour of an arm's family; grey for an arm of none."""
-    return FAMILIES.get(family(str(arm)), OTHER)
+    return FAMILIES.get(family(str(arm)) or "", OTHER)
 
 
 def looks(arms) -> dict[str, dict]:
@@ -157,9 +157,9 @@ def _lines_over_size(df: pd.DataFrame, group: str, value: str, ylabel: str, summ
 
 
 @style()
-def loss_against_size(df: pd.DataFrame, source: float | None = None) -> Figure:
+def loss_against_size(df: pd.DataFrame, source: float | None = None, ylabel: str = LOSS) -> Figure:
     """Loss of each arm against size. `df`: arm, d_s, seed, loss. `source`: the large model's loss, a line."""
-    fig, ax, entries = _lines_over_size(df, "arm", "loss", LOSS, None)
+    fig, ax, entries = _lines_over_size(df, "arm", "loss", ylabel, None)
     if source is not None:
         ax.axhline(source, color=FAMILIES["source"], lw=1.2, ls=(0, (6, 3)), label="source (large)")
         entries += 1
@@ -181,8 +181,13 @@ def gap_against_size(
 
 
 @style()
-def learning_curves(df: pd.DataFrame, ylabel: str = "loss (nats per token)") -> Figure:
-    """Loss while training, mean over seeds. `df`: step, loss, any of arm, d_s (panels), split (dashes)."""
+def learning_curves(
+    df: pd.DataFrame, ylabel: str = "loss (nats per token)", xlabel: str = "step", points: bool = False
+) -> Figure:
+    """Loss while training, mean over seeds. `df`: step, loss, any of arm, d_s (panels), split (dashes).
+
+    With `points` each row is shown as one, and steps are on a log axis.
+    """
     sizes = sorted(df["d_s"].unique()) if "d_s" in df else [None]
     fig, axes = _panels(len(sizes))
     arms = list(dict.fromkeys(df["arm"])) if "arm" in df else [None]
@@ -199,11 +204,35 @@ def learning_curves(df: pd.DataFrame, ylabel: str = "loss (nats per token)") -> 
                 if len(splits) > 1:
                     look |= {"linestyle": DASHES[place % len(DASHES)], "alpha": 1.0 if place == 0 else 0.75}
                 ax.plot(mean.index, mean.to_numpy(), label=", ".join(words) or None, **look)
-        ax.set_xlabel("step")
+                if points:
+                    ax.plot(df[keep]["step"], df[keep]["loss"], "o", ms=3, alpha=0.6, color=look["color"])
+                    ax.set_xscale("log")
+        ax.set_xlabel(xlabel)
         if size is not None:
             ax.set_title(f"width {size}")
     axes[0].set_ylabel(ylabel)
     _legend_below(fig, axes)
+    return fig
+
+
+@style()
+def loss_against_operations(df: pd.DataFrame) -> Figure:
+    """Loss against what a deployed model computes. `df`: arm, operations (multiply-adds an image), loss, d_s."""
+    fig, (ax,) = _panels(1)
+    for arm, look in looks(dict.fromkeys(df["arm"])).items():
+        part = df[df["arm"] == arm]
+        mean = part.groupby("operations")["loss"].mean()
+        ax.plot(part["operations"], part["loss"], "o", ms=3, alpha=0.6, color=look["color"])
+        ax.plot(mean.index, mean.to_numpy(), ms=6, label=label_of(arm), **look)
+    for operations, part in df.groupby("operations"):
+        ax.annotate(f"{part['d_s'].iloc[0]:g}", (operations, part["loss"].max()), (0, 7), textcoords="offset points")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("million multiply-adds an image (widths above the points)")
+    ax.set_ylabel(LOSS)
+    _legend(ax, df["arm"].nunique())
     return fig
 
 

@@ -3,6 +3,7 @@
     reads of the stream (q, k, v, up, head)   √(d/d_s) · Pᵀ W G_out
     writes to the stream (out, down)          G_inᵀ W P
     embedding, positions                      E P
+    layers, where there are fewer             W_l = Σ_j α_lj W_j
 
 P (d × d_s) maps the stream; G maps heads (one for q and k, one for v and out) and neurons (up and down).
 All maps come from matrix generators and depend on the task through z. √(d/d_s) keeps the scale of what a read
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .baselines import Model, Universal, modulated
-from .conditioning import LearnedID
+from .conditioning import make_conditioning
 from .generators import make_generator
 from .transformer import Shape, Weights, hidden
 
@@ -28,18 +29,27 @@ BASES = ("pca", "slice", "random")
 SOURCE_MODES = ("trained", "frozen", "random_trained", "random_frozen")
 
 
-def small_shape(source: Shape, d_model: int) -> Shape:
+def small_shape(source: Shape, d_model: int, n_layers: int | None = None) -> Shape:
     """The shape of a projected model of that size; raises ValueError where the source cannot give it."""
+    n_layers = source.n_layers if n_layers is None else n_layers
+    if not 1 <= n_layers <= source.n_layers:
+        raise ValueError(f"{n_layers} layers of a source with {source.n_layers}; allowed: 1 to {source.n_layers}")
     if d_model > source.d_model:
         allowed = f"multiples of {source.d_head} up to {source.d_model}"
         raise ValueError(f"size {d_model} is above the source's {source.d_model}; allowed: {allowed}")
-    return replace(source, d_model=d_model)
+    return replace(source, d_model=d_model, n_layers=n_layers)
+
+
+def kept_layers(n_source: int, n_small: int) -> list[int]:
+    """The source's layers that those of a small model start from, spread evenly."""
+    return [(2 * i + 1) * n_source // (2 * n_small) for i in range(n_small)]
 
 
 @torch.no_grad()
 def base_maps(weights: Weights, tokens: Tensor, shape: Shape, d_model: int, kind: str = "pca", seed: int = 0):
     """P₀ of stream (d, d_s), heads (L, d, d_s) and neurons (L, 4d, 4d_s), chosen on training tokens (T, B, N).
 
+    `weights`: those of a source for these tasks, with or without a task axis.
     `pca`: the leading directions of the source's normalised stream, and the heads and neurons that write most to
     it; `slice`: the first of each; `random`: a random orthonormal P, the first heads and neurons.
     """
@@ -65,12 +75,12 @@ def base_maps(weights: Weights, tokens: Tensor, shape: Shape, d_model: int, kind
             covariance += x.T @ x
         stream = torch.linalg.eigh(covariance)[1].flip(1)[:, :d_model].float()
         head_power, neuron_power = [], []
-        for i in range(layers):
-            y = seen[f"attention.{i}"].reshape(-1, shape.n_heads, shape.d_head)
-            out = weights["out"][i].view(shape.n_heads, shape.d_head, d)
-            head_power.append(torch.einsum("nhe,hed->hnd", y, out).square().mean((1, 2)))
-            a = seen[f"mlp.{i}"].reshape(-1, shape.d_mlp)
-            neuron_power.append(a.square().mean(0) * weights["down"][i].square().sum(1))
+        for i in range(layers):  # mean squares of what each head and each neuron writes
+            out, down = (weights[name][..., i, :, :].expand(len(tokens), -1, -1) for name in ("out", "down"))
+            y = seen[f"attention.{i}"].unflatten(-1, (shape.n_heads, shape.d_head))  # (T, M, h, d_h)
+            out = out.unflatten(1, (shape.n_heads, shape.d_head))  # (T, h, d_h, d)
+            head_power.append(torch.einsum("tmhe,tmhf,thed,thfd->h", y, y, out, out))
+            neuron_power.append(torch.einsum("tmn,tnd->n", seen[f"mlp.{i}"].square(), down.square()))
         top_heads = torch.stack(head_power).argsort(1, descending=True)[:, :heads]
         top_neurons = torch.stack(neuron_power).argsort(1, descending=True)[:, : small.d_mlp]
     columns = top_heads.unsqueeze(-1) * shape.d_head + torch.arange(shape.d_head)  # (L, heads, d_h)
@@ -80,94 +90,121 @@ def base_maps(weights: Weights, tokens: Tensor, shape: Shape, d_model: int, kind
 
 
 class Projection(nn.Module):
-    """Maps of one size: `forward(source weights, z, c) -> Weights` with a leading task axis.
+    """Maps of one size: `forward(source weights, what the source is told, z) -> Weights` with a leading task axis.
 
-    Three generators: `stream` for every P, `heads` and `neurons` for every G. `slots` say which map of a stack
-    a weight uses: the layout is nothing but that table.
+    Generators: `stream` for every P, `heads` and `neurons` for every G, `depth` for α where the small model has fewer
+    layers, `modulation` for its own gains and shifts. In the `shared` layout one P serves all, one G each q and k, v
+    and out, up and down; in `per_matrix` each matrix has its own.
     """
 
-    def __init__(self, shape: Shape, d_model: int, bases, z_dim: int, family: str, layout: str = "shared", **options):
+    def __init__(self, shape: Shape, small: Shape, bases, z_dim: int, family: str, layout: str = "shared", **options):
         super().__init__()
         if layout not in LAYOUTS:
             raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
-        self.shape, self.small, self.layout = shape, small_shape(shape, d_model), layout
+        self.shape, self.small, self.layout = shape, small, layout
         stream, heads, neurons = bases
-        layers = shape.n_layers
+        kept = kept_layers(shape.n_layers, small.n_layers)
         if layout == "shared":
             n_stream, n_heads, n_neurons = 1, 2, 1  # one P; q and k, v and out; up and down
         else:
-            n_stream, n_heads, n_neurons = 2 + 6 * layers, 4, 2
+            n_stream, n_heads, n_neurons = 2 + 6 * shape.n_layers, 4, 2
         self.stream = make_generator(family, stream.expand(n_stream, -1, -1), z_dim, **options)
-        self.heads = make_generator(family, heads.repeat(n_heads, 1, 1), z_dim, **options)
-        self.neurons = make_generator(family, neurons.repeat(n_neurons, 1, 1), z_dim, **options)
-        n_reads = 2 * layers + 1
-        self.modulation = make_generator(family, torch.zeros(1, 2 * n_reads, d_model), z_dim, **options)
+        self.heads = make_generator(family, heads[kept].repeat(n_heads, 1, 1), z_dim, **options)
+        self.neurons = make_generator(family, neurons[kept].repeat(n_neurons, 1, 1), z_dim, **options)
+        task_free = family in ("Slice", "Static")
+        simple = family if task_free else "Linear"  # for vectors and small matrices, whatever the family of the maps
+        n_reads = 2 * small.n_layers + 1
+        self.modulation = make_generator(simple, torch.zeros(1, 2 * n_reads, small.d_model), z_dim)
+        self.depth = None
+        if small.n_layers < shape.n_layers:
+            self.depth = make_generator(simple, torch.eye(shape.n_layers)[kept].unsqueeze(0), z_dim)
         # a selected start leaves every column of norm 1: the √(d/d_s) of the reads keeps the scale
-        self.read_scale = math.sqrt(shape.d_model / d_model)
+        self.read_scale = math.sqrt(shape.d_model / small.d_model)
 
-    def forward(self, weights: Weights, z: Tensor, task_embedding: Tensor | None = None) -> Weights:
-        """The small weights of T tasks. `weights`: a plain source; z (T, K); task_embedding c(t) (T, d) or None."""
-        d, layers = self.shape.d_model, self.shape.n_layers
-        p, g, n = self.stream(z), self.heads(z), self.neurons(z)
+    def forward(self, weights: Weights, told: Weights, z: Tensor) -> Weights:
+        """The small weights of T tasks: `weights` of a source without task terms; `told`, its terms; z (T, K).
+
+        What the source reads through scale and shift, Pᵀ(diag(scale) W) and shift W, comes as one more row of
+        [√(d/d_s) Pᵀ diag(scale); shift] W: from that row on it is a bias. Its gates act on P: (W diag(gate)) P.
+        """
+        layers, d, size = self.shape.n_layers, self.shape.d_model, self.small.d_model
+        p, g, n = self.stream(z), self.heads(z), self.neurons(z)  # (T, S, d, d_s), (T, S, d, d_s), (T, S, 4d, 4d_s)
         if self.layout == "shared":
-            p = p.squeeze(1)  # (T, d, d_s): one P for all
             p_embedding = p_head = p_up = p_out = p_down = p
-            q, k, v = _read(p, weights["qkv"]).split(d, dim=-1)  # each (T, L, d_s, d)
-            g_qk, g_vo = g.split(layers, dim=1)  # each (T, L, d, d_s)
-            g_up = g_down = n  # (T, L, 4d, 4d_s)
+            p_qkv = (p,)
         else:
-            p_embedding, p_head, body = p.split([1, 1, 6 * layers], dim=1)
-            p_embedding, p_head = p_embedding.squeeze(1), p_head.squeeze(1)
-            *p_qkv, p_up, p_out, p_down = body.split(layers, dim=1)  # each (T, L, d, d_s)
-            q, k, v = (_read(p, w) for p, w in zip(p_qkv, weights["qkv"].split(d, dim=-1), strict=True))
-            g_qk, g_vo = g.split(2 * layers, dim=1)
-            g_up, g_down = n.split(layers, dim=1)
+            p_embedding, p_head, *p_qkv, p_up, p_out, p_down = p.split([1, 1] + 6 * [layers], dim=1)
+        attention, mlp, last = slice(0, layers), slice(layers, 2 * layers), slice(2 * layers, 2 * layers + 1)
+        qkv = weights["qkv"].split(3 * d // len(p_qkv), dim=-1)
+        qkv = torch.cat([_times(self._rows(p, told, attention), w) for p, w in zip(p_qkv, qkv, strict=True)], dim=-1)
         # Gᵀ(W P) = ((W P)ᵀ G)ᵀ: reads and writes lie side by side, so that a shared G costs one product
-        out, down = _write(weights["out"], p_out), _write(weights["down"], p_down)  # (T, L, d_s, d), (T, L, d_s, 4d)
-        q, k = _times(q, k, g_qk)
-        v, out = _times(v, out, g_vo)
-        up, down = _times(_read(p_up, weights["up"]), down, g_up, g_down)
-        positions = weights["positions"]
-        if task_embedding is not None:
-            positions = positions + task_embedding.unsqueeze(1)  # (T, N, d)
+        out = _times(_gated(p_out, told, attention), weights["out"].transpose(1, 2))  # (T, L, d_s, d)
+        up = _times(self._rows(p_up, told, mlp), weights["up"])  # (T, L, d_s (+1), 4d)
+        down = _times(_gated(p_down, told, mlp), weights["down"].transpose(1, 2))
+        if self.depth is not None:
+            depth = self.depth(z).squeeze(1)  # (T, L_s, L): W_l = Σ_j α_lj W_j
+            qkv, out, up, down = (torch.einsum("tlj,tjmk->tlmk", depth, w) for w in (qkv, out, up, down))
+        q, k, v = qkv.split(d, dim=-1)
+        g_qk, g_vo = g.chunk(2, dim=1)
+        q, k = _map_pair(q, k, g_qk)
+        v, out = _map_pair(v, out, g_vo)
+        up, down = _map_pair(up, down, n)
+        qkv = torch.cat([q, k, v], dim=-1)
+        head = self._rows(p_head, told, last).squeeze(1) @ weights["head"]
         small = {
-            "embedding": weights["embedding"] @ p_embedding,
-            "positions": positions @ p_embedding,
-            "qkv": torch.cat([q, k, v], dim=-1) * self.read_scale,
+            "embedding": weights["embedding"] @ p_embedding.squeeze(1),
+            "positions": told.get("positions", weights["positions"]) @ p_embedding.squeeze(1),
+            "qkv": qkv[..., :size, :],
             "out": out.transpose(-1, -2),
-            "up": up * self.read_scale,
+            "up": up[..., :size, :],
             "down": down.transpose(-1, -2),
-            "head": p_head.transpose(-1, -2) @ weights["head"] * self.read_scale,
+            "head": head[..., :size, :],
         }
-        gain, shift = self.modulation(z).squeeze(1).chunk(2, dim=1)  # each (T, 2L+1, d_s)
-        small = modulated(small, 1 + gain, shift, layers)
-        # maps that do not depend on the task give plain weights, but for what carries c(t)
+        gain, shift = self.modulation(z).squeeze(1).chunk(2, dim=1)  # each (T, 2·L_s+1, d_s)
+        small = modulated(small, 1 + gain, shift, self.small.n_layers)
+        if "shift" in told:
+            for name, w in (("qkv", qkv), ("up", up), ("head", head)):
+                small[f"{name}_bias"] = small[f"{name}_bias"] + w[..., size, :]
+        # maps that do not depend on the task give plain weights, but for what carries the source's task terms
         return {name: w.squeeze(0) if len(w) < len(z) else w for name, w in small.items()}
 
+    def _rows(self, p: Tensor, told: Weights, reads: slice) -> Tensor:
+        """√(d/d_s) Pᵀ for these reads, (T, L or 1, d_s, d); with scale and shift one row more."""
+        rows = p.transpose(-1, -2) * self.read_scale
+        if "scale" not in told:
+            return rows
+        rows = rows * told["scale"][:, reads].unsqueeze(-2)
+        shift = told["shift"][:, reads].unsqueeze(-2)
+        return torch.cat([rows, shift.expand(len(rows), -1, -1, -1)], dim=-2)
 
-def _times(a: Tensor, b: Tensor, g: Tensor, g_b: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """a G, b G of a, b (T, L, m, k): G (T, L, k, n) for both, or two of them stacked (T, 2L, k, n), or given apart."""
-    if g_b is None and g.shape[1] == 2 * a.shape[1]:
-        g, g_b = g.chunk(2, dim=1)
-    if g_b is None or g_b is g:
+
+def _gated(p: Tensor, told: Weights, writes: slice) -> Tensor:
+    """(diag(gate) P)ᵀ for these writes: (T, L or 1, d_s, d)."""
+    p = p.transpose(-1, -2)
+    return p * told["gate"][:, writes].unsqueeze(-2) if "gate" in told else p
+
+
+def _times(rows: Tensor, w: Tensor) -> Tensor:
+    """rows (T, L or 1, m, d), for all layers or for each, times w (L, d, k) → (T, L, m, k)."""
+    tasks, layers, m, d = rows.shape
+    rows = rows.transpose(0, 1).reshape(layers, tasks * m, d)
+    return torch.matmul(rows, w).view(len(w), tasks, m, -1).transpose(0, 1)
+
+
+def _map_pair(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """a G, b G of a, b (T, L, m, k): one G (T, L, k, n) for both, or one each, stacked (T, 2L, k, n)."""
+    if g.shape[1] == a.shape[1]:
         both = torch.cat([a, b], dim=-2) @ g
         return both.split([a.shape[-2], b.shape[-2]], dim=-2)
-    return a @ g, b @ g_b
-
-
-def _read(p: Tensor, w: Tensor) -> Tensor:
-    """Pᵀ W for all tasks and layers: p (T, d, d_s) or (T, L, d, d_s), w (L, d, k) → (T, L, d_s, k)."""
-    return torch.einsum("tdi,ldk->tlik" if p.dim() == 3 else "tldi,ldk->tlik", p, w)
-
-
-def _write(w: Tensor, p: Tensor) -> Tensor:
-    """(W P)ᵀ for all tasks and layers: w (L, k, d), p (T, d, d_s) or (T, L, d, d_s) → (T, L, d_s, k)."""
-    return torch.einsum("tdi,lkd->tlik" if p.dim() == 3 else "tldi,lkd->tlik", p, w)
+    g_a, g_b = g.chunk(2, dim=1)
+    return a @ g_a, b @ g_b
 
 
 class Projectable(Model):
-    """A source and its projections of several sizes, with learned task IDs: the paper's model.
+    """A source and its projections of several sizes: the paper's model.
 
+    `conditioning` makes the task vectors (learned IDs by default) from what it is `told` of the tasks, `family` the
+    maps; further options go to the family.
     `source_mode` says what becomes of the source: `trained` (keeps its own objective), `frozen`, or the controls
     `random_trained` and `random_frozen` (inner weights redrawn at matched scale; embeddings, positions and head
     kept; no objective of its own). `use_task_embedding=False` hides the source's c(t) from the small models.
@@ -181,18 +218,21 @@ class Projectable(Model):
         tokens: Tensor,
         family: str = "Linear",
         z_dim: int = 8,
+        conditioning: str = "LearnedID",
         layout: str = "shared",
         p0: str = "pca",
+        n_layers: int | None = None,
         source_mode: str = "trained",
         use_task_embedding: bool = True,
         source_weight: float = 1.0,
         seed: int = 0,
+        told: dict | None = None,
         **options,
     ):
         super().__init__()
         if source_mode not in SOURCE_MODES:
             raise ValueError(f"unknown source_mode {source_mode!r}; allowed: {', '.join(SOURCE_MODES)}")
-        self.source, self.shape, self.sizes = source, source.shape, tuple(sizes)
+        self.source, self.shape, self.sizes, self.n_tasks = source, source.shape, tuple(sizes), n_tasks
         self.source_mode, self.use_task_embedding, self.source_weight = (
             source_mode,
             use_task_embedding,
@@ -204,17 +244,27 @@ class Projectable(Model):
             source.requires_grad_(False)
         self.members = (("source",) if source_mode == "trained" else ()) + tuple(f"d{s}" for s in sizes)
         self.conditioning, self.projections = nn.ModuleDict(), nn.ModuleDict()
+        weights = {k: w.detach() for k, w in source.weights("source", torch.arange(len(tokens))).items()}
         for size in sizes:
-            bases = base_maps(source.plain_weights(), tokens, self.shape, size, p0, seed)
-            self.conditioning[f"d{size}"] = LearnedID(n_tasks, z_dim)
-            self.projections[f"d{size}"] = Projection(self.shape, size, bases, z_dim, family, layout, **options)
+            small, bases = (
+                small_shape(self.shape, size, n_layers),
+                base_maps(weights, tokens, self.shape, size, p0, seed),
+            )
+            self.conditioning[f"d{size}"] = make_conditioning(conditioning, n_tasks, z_dim, **(told or {}))
+            self.projections[f"d{size}"] = Projection(self.shape, small, bases, z_dim, family, layout, **options)
+
+    def told(self, task_ids: Tensor) -> Weights:
+        """What the small models get of the source's task terms (`Universal.terms`); the mean over tasks if hidden."""
+        if self.use_task_embedding:
+            return self.source.terms(task_ids)
+        terms = self.source.terms(torch.arange(self.n_tasks, device=task_ids.device))
+        return {name: w.mean(0, keepdim=True) for name, w in terms.items()}
 
     def weights(self, member: str, task_ids: Tensor) -> Weights:
         if member == "source":
             return self.source.weights(member, task_ids)
         z = self.conditioning[member](task_ids)
-        c = self.source.task_embedding[task_ids] if self.use_task_embedding else None
-        return self.projections[member](self.source.plain_weights(), z, c)
+        return self.projections[member](self.source.plain_weights(), self.told(task_ids), z)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         parts = {"source": self.source.parameters()}
@@ -226,13 +276,19 @@ class Projectable(Model):
     def rate_factor(self, name: str) -> float:
         """Relative rates that bring the best rates of all parts and sizes together, found on validation images.
 
-        Maps learn in proportion to 1/fan-in: those of neurons 4 times slower than the stream's. Directions B_k add up
-        over the dimensions of z: slower than P₀. Gains and shifts are vectors: faster.
+        Maps learn in proportion to 1/fan-in: those of neurons 4 times slower than the stream's. Gains and shifts are
+        vectors: faster. What a family adds to P₀ has factors of its own (`Generator.rates`).
         """
-        factor = 4.0 if ".modulation." in name else 1.0
-        if ".neurons." in name:
-            factor *= self.shape.d_model / self.shape.d_mlp
-        return factor * 0.4 if name.endswith(".directions") else factor
+        part, _, rest = name.partition(".")
+        if part == "source":
+            return 1.0
+        if part == "conditioning":
+            member, parameter = rest.split(".", 1)
+            return self.conditioning[member].rate_factor(parameter)
+        member, kind, parameter = rest.split(".", 2)
+        generator = getattr(self.projections[member], kind)
+        factor = {"modulation": 4.0, "neurons": self.shape.d_model / self.shape.d_mlp}.get(kind, 1.0)
+        return factor * generator.rate_factor(parameter)
 
 
 @torch.no_grad()

@@ -6,8 +6,10 @@ Notable:
 - Reports of the `laptop` profile lie in `reports/`, those of other profiles in a folder of their own below,
   so that a smoke run never overwrites the reference. Executed notebooks lie in `build/<profile>/`.
 - Every file is written atomically, a notebook's status last: it says that the page beside it is whole.
+- papermill only warns about an unknown parameter, here it is an error; the kernel is that of this very Python, reached
+  over IPC; what a notebook prints is passed on, progress bars a state now and then.
 
-Light to import: whatever is heavy is imported where it is used.
+How things look is in `pages`. Light to import: whatever is heavy is imported where it is used.
 """
 
 import contextlib
@@ -17,18 +19,14 @@ import datetime
 import json
 import math
 import os
+import re
+import sys
+import tempfile
 import time
 from pathlib import Path
 
-from projectable import page
-from projectable.execution import (
-    ReportError,
-    check_parameters,
-    error_message,
-    execute,
-    notebook_title,
-    read_notebook,
-)
+from projectable import pages
+from projectable.pages import ReportError, check_parameters, notebook_title, read_notebook
 from projectable.storage import current_commit, device, draft_of, root, write_atomically
 
 PROFILES = ("smoke", "laptop", "gpu")
@@ -146,7 +144,7 @@ class Report:
         import pandas as pd
 
         names = ("verdict", "claim", "statistic", "value [95 % interval]", "seeds", "tasks")
-        rows = [{name: claim.get(name, page.interval(claim)) for name in names} for claim in self.claims]
+        rows = [{name: claim.get(name, pages.interval(claim)) for name in names} for claim in self.claims]
         return _styled(pd.DataFrame(rows, columns=names), None)
 
     def record(self, key: str, value) -> None:
@@ -162,7 +160,7 @@ class Report:
 
 def _styled(df, caption):
     """A table for people: numbers with 3 to 4 decimals, no index."""
-    style = df.style.format(page.number).hide(axis="index")
+    style = df.style.format(pages.number).hide(axis="index")
     numeric = [column for column in df.columns if df[column].dtype.kind in "iuf"]
     style = style.set_table_styles({c: [{"selector": "", "props": "text-align: right"}] for c in numeric})
     return style.set_caption(caption) if caption else style
@@ -177,6 +175,58 @@ def merge_claims(profile: str) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------- running notebooks
+
+
+class _Echo:
+    """A notebook's output on the terminal: whole lines as they come, a progress bar's states now and then."""
+
+    def __init__(self, every: float = 15.0):
+        self.every, self.last = every, time.monotonic()
+
+    def write(self, text: str) -> None:
+        for piece in re.split(r"(?<=\n)|(?=\r)", text):
+            line, whole = piece.strip(), piece.endswith("\n")
+            if not line:
+                continue
+            if sys.stdout.isatty():
+                print(f"\r\033[K      {line[:110]}", end="\n" if whole else "", flush=True)
+            elif whole or time.monotonic() - self.last > self.every:
+                self.last = time.monotonic()
+                print(f"      {line}", flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def execute(path: Path, executed: Path, parameters: dict) -> None:
+    """Run a notebook and write it to `executed`, with its outputs; raises what the notebook raised."""
+    import papermill
+    from traitlets.config import Config
+
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's warning on every start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the kernel computes little itself: runs go side by side in workers
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    echo = _Echo()
+    with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
+        papermill.execute_notebook(
+            path,
+            executed,
+            parameters,
+            kernel_name="python3",
+            language="python",
+            cwd=path.parent,
+            progress_bar=False,
+            stdout_file=echo,
+            stderr_file=echo,
+            start_timeout=180,
+            config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/k"}),
+        )
+
+
+def error_message(error: Exception) -> str:
+    """`name: message` of what went wrong in the notebook, without colours."""
+    name, message = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+    return re.sub(r"\x1b\[[0-9;]*m", "", f"{name}: {message}")
 
 
 @dataclasses.dataclass
@@ -248,7 +298,7 @@ def render_page(executed_nb, html_path: Path, status: Status) -> None:
     """Write an executed notebook as one HTML file that opens without a network."""
     names = [path.stem for path in notebook_paths()]
     at = names.index(status.notebook) if status.notebook in names else 0
-    html = page.notebook_html(
+    html = pages.notebook_html(
         executed_nb,
         dataclasses.asdict(status),
         folder=root() / "notebooks",
@@ -268,7 +318,7 @@ def build_index(profile: str) -> None:
     claims = _read_json(reports / "claims.json", [])
     bench = reports / "results" / "bench.csv"  # of `make bench`
     speed = list(csv.DictReader(bench.read_text().splitlines())) if bench.exists() else []
-    write_atomically(reports / "index.html", page.index_html(profile, claims, notebooks, reports / "figures", speed))
+    write_atomically(reports / "index.html", pages.index_html(profile, claims, notebooks, reports / "figures", speed))
 
 
 def write_readme_claims() -> None:
@@ -282,7 +332,7 @@ def write_readme_claims() -> None:
     rows = ["| claim | verdict | statistic | value [95 % interval] | seeds |", "|---|---|---|---|---|"]
     for c in claims:
         verdict = c["verdict"] if c["verdict"] == "reproduced" else f"**{c['verdict']}**"
-        cells = (c["claim"], verdict, c["statistic"], page.interval(c), c["seeds"])
+        cells = (c["claim"], verdict, c["statistic"], pages.interval(c), c["seeds"])
         rows.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
     comment = head.partition("-->")[0] + "-->"
     write_atomically(path, "\n".join([before + mark + comment, *rows, end + after]))
@@ -337,17 +387,19 @@ def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None) -> 
     for path in paths:
         check_parameters(path, {"profile": profile})
     usual = {path: read_status(path, profile).seconds for path in paths}
-    failed, took, start = [], [], time.monotonic()
+    failed: list[str] = []
+    took: list[float] = []
+    start = time.monotonic()
     with lock(profile):
         for place, path in enumerate(paths, 1):
             print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)
             status = run_notebook(path, profile)
-            took.append(status.seconds)
+            took.append(status.seconds or 0.0)
             left = sum(usual[p] or sum(took) / len(took) for p in paths[place:])
-            rest = f", about {page.duration(left)} left" if place < len(paths) else ""
+            rest = f", about {pages.duration(left)} left" if place < len(paths) else ""
             print(
-                f"        {status.status} in {page.duration(status.seconds)}"
-                f" (elapsed {page.duration(time.monotonic() - start)}{rest})",
+                f"        {status.status} in {pages.duration(status.seconds)}"
+                f" (elapsed {pages.duration(time.monotonic() - start)}{rest})",
                 flush=True,
             )
             if status.status != "ok":

@@ -36,7 +36,9 @@ class _Decoder:
             full[name] = w.expand(n_tasks, *w.shape[1:])
         scale = torch.ones_like(full["qkv"][0, 0, 0])
         scale[:d] = 1 / math.sqrt(d_head)  # of the queries
-        for name, factor in dict(qkv=scale, qkv_bias=scale, head=1 / temperature, head_bias=1 / temperature).items():
+        factors: dict[str, Tensor | float] = dict(qkv=scale, qkv_bias=scale)
+        factors |= dict(head=1 / temperature, head_bias=1 / temperature)
+        for name, factor in factors.items():
             if name in full:
                 full[name] = full[name] * factor
         self.size, self.heads, self.at = (n_tasks, n, d), (n_tasks, n, d // d_head, d_head), 0
@@ -106,5 +108,6 @@ def sample(
 @torch.no_grad()
 def logits_cached(weights: Weights, tokens: Tensor, d_head: int = 8) -> Tensor:
     """What `transformer.forward` gives, token by token as `sample` does it: tokens (T, n, N) → (T, n, N, V)."""
-    decoder = _Decoder(weights, *tokens.shape, d_head)
+    n_tasks, n, length = tokens.shape
+    decoder = _Decoder(weights, n_tasks, n, length, d_head)
     return torch.stack([decoder.step(t) for t in (None, *tokens[..., :-1].unbind(-1))], 2)

@@ -14,10 +14,9 @@ import torch
 from conftest import tiny, tiny_projectable
 
 import projectable
-from projectable import experiment, onnx_file
+from projectable import OnnxError, experiment
 from projectable.experiment import data_for, run
-from projectable.export import evaluate, export, write_grid
-from projectable.standalone import KEYS, VERSION, ModelError, load
+from projectable.export import KEYS, VERSION, ModelError, evaluate, export, load, write_grid
 from projectable.storage import load_tensors, save_tensors
 from projectable.transformer import forward
 
@@ -178,8 +177,8 @@ import torch
 torch.set_num_threads(1)
 np.save({str(tmp_path / "logits.npy")!r}, model(torch.from_numpy(np.load({str(tmp_path / "tokens.npy")!r}))).detach())
 assert model.sample(2, seed=0).shape == (2, 8, 8, 1) and isinstance(model, projectable.SmallTransformer)
-needless = ["experiment", "generators", "projection", "baselines", "training"]
-print([name for name in needless if f"projectable.{{name}}" in sys.modules])
+needless = [f"projectable.{{name}}" for name in ("experiment", "generators", "projection", "baselines", "training")]
+print([name for name in (*needless, "matplotlib", "sklearn", "pandas") if name in sys.modules])
 """
     env = os.environ | dict(PROJECTABLE_RUNS=str(tmp_path / "none"), PYTHONPATH=os.pathsep.join(sys.path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -359,12 +358,12 @@ def onnx_path(exported, tmp_path_factory):
     """The same model as an ONNX file."""
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed, reason=f"{needed} is not installed: the extra `onnx`")
-    return onnx_file.export_onnx(load(exported), tmp_path_factory.mktemp("onnx") / "threes.onnx")
+    return projectable.export_onnx(load(exported), tmp_path_factory.mktemp("onnx") / "threes.onnx")
 
 
 @pytest.mark.slow
 def test_onnx_gives_the_same_logits_for_any_batch_and_length(exported, onnx_path):
-    session, about = onnx_file.open_onnx(onnx_path)
+    session, about = projectable.open_onnx(onnx_path)
     model = load(exported)
     for batch in (1, 2, 7):
         for length in (1, 2, 3, 11, 16):
@@ -379,7 +378,7 @@ def test_onnx_gives_the_same_logits_for_any_batch_and_length(exported, onnx_path
 def test_onnx_samples_without_torch(exported, onnx_path):
     code = f"""
 import sys, numpy as np
-from projectable.onnx_file import sample_onnx
+from projectable import sample_onnx
 images = sample_onnx({str(onnx_path)!r}, 400, seed=1)
 assert images.shape == (400, 8, 8, 1) and np.array_equal(images, sample_onnx({str(onnx_path)!r}, 400, seed=1))
 assert "torch" not in sys.modules
@@ -404,20 +403,20 @@ def test_a_damaged_onnx_file_is_refused(onnx_path, tmp_path):
     for place in rng.integers(len(content), size=30).tolist():
         for changed in (content[:place], content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]):
             path.write_bytes(changed)
-            with pytest.raises(onnx_file.OnnxError, match=r"damaged.onnx .*damaged"):
-                onnx_file.sample_onnx(path, 1)
-    with pytest.raises(onnx_file.OnnxError, match="none.onnx is no file"):
-        onnx_file.sample_onnx(tmp_path / "none.onnx", 1)
+            with pytest.raises(OnnxError, match=r"damaged.onnx .*damaged"):
+                projectable.sample_onnx(path, 1)
+    with pytest.raises(OnnxError, match="none.onnx is no file"):
+        projectable.sample_onnx(tmp_path / "none.onnx", 1)
     for bad in (dict(n=0), dict(n=1, temperature=0), dict(n=1, temperature=float("nan"))):
         with pytest.raises(ValueError, match="allowed: 1 or more images, any temperature above 0"):
-            onnx_file.sample_onnx(onnx_path, **bad)
+            projectable.sample_onnx(onnx_path, **bad)
 
 
 def test_without_the_extra_it_says_what_to_install(exported, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(onnx_file.OnnxError, match=r"pip install 'projectable\[onnx\]'"):
-        onnx_file.export_onnx(load(exported), tmp_path / "x.onnx")
-    with pytest.raises(onnx_file.OnnxError, match=r"pip install 'projectable\[onnx\]'"):
-        onnx_file.sample_onnx(tmp_path / "x.onnx", 1)
+    with pytest.raises(OnnxError, match=r"pip install 'projectable\[onnx\]'"):
+        projectable.export_onnx(load(exported), tmp_path / "x.onnx")
+    with pytest.raises(OnnxError, match=r"pip install 'projectable\[onnx\]'"):
+        projectable.sample_onnx(tmp_path / "x.onnx", 1)
     assert experiment.is_done(CONFIGS["Linear, shared"]()) and not list(tmp_path.iterdir())

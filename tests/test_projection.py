@@ -7,13 +7,14 @@ import torch
 from conftest import randomise, tiny_projectable
 
 from projectable import experiment, transformer
-from projectable.baselines import Universal
+from projectable.baselines import CONDITIONINGS, Universal
 from projectable.projection import (
     LAYOUTS,
     SOURCE_MODES,
     Projectable,
     Projection,
     base_maps,
+    kept_layers,
     redraw_inner_weights,
     small_shape,
 )
@@ -32,11 +33,13 @@ def tokens():
     return torch.randint(32, (T, 4, 16), generator=torch.Generator().manual_seed(3))
 
 
-def model(tokens, sizes=(SMALL,), seed=0, **options):
-    """A projectable model over an untrained source whose task embeddings are not zero."""
+def model(tokens, sizes=(SMALL,), seed=0, conditioning="additive", **options):
+    """A projectable model over an untrained source whose task terms are not zero."""
     torch.manual_seed(seed)
-    source = Universal(Shape(BIG, n_layers=2, vocab_size=32, length=16), T, member="source")
-    torch.nn.init.normal_(source.task_embedding)
+    source = Universal(Shape(BIG, n_layers=2, vocab_size=32, length=16), T, conditioning, member="source")
+    for name, parameter in source.named_parameters():
+        if not name.startswith("plain."):
+            torch.nn.init.normal_(parameter, std=0.3)
     return Projectable(source, T, sizes, tokens, **options)
 
 
@@ -79,9 +82,10 @@ def test_the_small_model_is_the_source_where_the_stream_lies_in_the_span(big, to
     p = orthonormal(BIG, SMALL)
     weights, c = source_within(p), torch.randn(T, SMALL, dtype=torch.float64) @ p.T
     bases = (p, selection(BIG, COLUMNS), selection(96, NEURONS))
-    projection = Projection(big, SMALL, bases, z_dim=2, family="Linear", layout=layout).double()
-    small = projection(weights, torch.randn(T, 2, dtype=torch.float64), c)
-    told = weights | {"positions": weights["positions"] + c.unsqueeze(1)}
+    projection = Projection(big, small_shape(big, SMALL), bases, z_dim=2, family="Linear", layout=layout).double()
+    terms = {"positions": weights["positions"] + c.unsqueeze(1)}
+    small = projection(weights, terms, torch.randn(T, 2, dtype=torch.float64))
+    told = weights | terms
     assert (forward(small, tokens) - forward(told, tokens)).abs().max() < 1e-12
     assert (task_losses(small, tokens) - task_losses(told, tokens)).abs().max() < 1e-12
 
@@ -91,7 +95,7 @@ def test_pca_finds_the_span_and_the_heads_and_neurons_that_matter(big, tokens):
     bases = base_maps(weights, tokens, big, SMALL, "pca")
     assert bases[1][0].nonzero()[:, 0].tolist() == COLUMNS
     assert sorted(bases[2][1].nonzero()[:, 0].tolist()) == sorted(NEURONS)
-    small = Projection(big, SMALL, bases, z_dim=2, family="Linear")(weights, torch.randn(T, 2))
+    small = Projection(big, small_shape(big, SMALL), bases, z_dim=2, family="Linear")(weights, {}, torch.randn(T, 2))
     torch.testing.assert_close(forward(small, tokens), forward(weights, tokens), rtol=1e-3, atol=1e-3)
 
 
@@ -110,14 +114,57 @@ def test_base_maps_are_orthonormal_and_select_whole_heads(big, tokens, kind):
         assert torch.equal(stream, torch.eye(BIG)) and torch.equal(heads[0], torch.eye(BIG))
 
 
-def test_at_full_size_and_slice_it_is_the_source(big, tokens):
-    """The largest small model is the source itself, so nothing is lost on the way but size."""
-    for layout in LAYOUTS:
-        whole = model(tokens, (BIG,), p0="slice", layout=layout)
-        ids = torch.arange(T)
-        torch.testing.assert_close(
-            forward(whole.weights("d24", ids), tokens), forward(whole.weights("source", ids), tokens)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_at_full_size_and_slice_it_is_the_source(big, tokens, conditioning, layout):
+    """The largest small model is the source itself, whatever tells that of its task: nothing is lost but by size."""
+    whole = model(tokens, (BIG,), p0="slice", layout=layout, conditioning=conditioning)
+    ids = torch.arange(T)
+    torch.testing.assert_close(
+        forward(whole.weights("d24", ids), tokens), forward(whole.weights("source", ids), tokens)
+    )
+
+
+@pytest.mark.parametrize("conditioning", ["film", "adaln"])
+def test_task_terms_of_the_source_are_projected_as_if_folded_into_its_weights(big, tokens, conditioning):
+    small = randomise(model(tokens, conditioning=conditioning))
+    projection, ids = small.projections["d8"], torch.arange(T)
+    z = small.conditioning["d8"](ids)
+    found = projection(small.source.plain_weights(), small.source.terms(ids), z)
+    folded = small.source.weights("source", ids)
+    g_qk, g_vo = projection.heads(z).chunk(2, dim=1)
+    for t in range(T):
+        one = projection(
+            {k: w[t] if w.dim() > len(big.weight_shapes().get(k, ())) else w for k, w in folded.items()}, {}, z
         )
+        for name in ("embedding", "positions", "qkv", "out", "up", "down", "head"):
+            torch.testing.assert_close(found[name][t], one[name][t])
+        q, k, v = folded["qkv_bias"][t].chunk(3, dim=-1)  # each (L, d)
+        bias = [(x.unsqueeze(1) @ g[t]).squeeze(1) for x, g in ((q, g_qk), (k, g_qk), (v, g_vo))]
+        torch.testing.assert_close(found["qkv_bias"][t] - one["qkv_bias"][t], torch.cat(bias, dim=-1))
+        bias = (folded["up_bias"][t].unsqueeze(1) @ projection.neurons(z)[t]).squeeze(1)
+        torch.testing.assert_close(found["up_bias"][t] - one["up_bias"][t], bias)
+        torch.testing.assert_close(found["head_bias"][t] - one["head_bias"][t], folded["head_bias"][t])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fewer_layers_are_mixtures_of_the_sources(tokens, layout):
+    """Near one-hot at the start: the kept layer as it is; with α = (a, b) that mixture, before the maps."""
+    ids = torch.arange(T)
+    whole, one = (model(tokens, (BIG,), p0="slice", layout=layout, n_layers=n) for n in (2, 1))
+    kept, found = whole.weights("d24", ids), one.weights("d24", ids)
+    for name in ("qkv", "out", "up", "down"):
+        assert found[name].shape[1] == 1
+        torch.testing.assert_close(found[name][:, 0], kept[name][:, kept_layers(2, 1)[0]])
+    with torch.no_grad():
+        one.projections["d24"].depth.base.copy_(torch.tensor([[[0.25, 0.5]]]))
+    mixed = one.weights("d24", ids)["out"][:, 0]
+    torch.testing.assert_close(mixed, 0.25 * kept["out"][:, 0] + 0.5 * kept["out"][:, 1])
+    assert one.losses(ids, tokens)["d24"].isfinite().all()
+
+
+def test_kept_layers_are_spread():
+    assert [kept_layers(3, n) for n in (1, 2, 3)] == [[1], [0, 2], [0, 1, 2]]
 
 
 def test_by_hand():
@@ -136,8 +183,10 @@ def test_by_hand():
     bases = torch.tensor([[0.6], [0.8]]), first, second
     root = math.sqrt(2)
     for layout in LAYOUTS:
-        projection = Projection(shape, 1, bases, z_dim=1, family="Linear", layout=layout)
-        small = projection(weights, torch.zeros(1, 1), torch.tensor([[10.0, 0.0]]))
+        projection = Projection(shape, small_shape(shape, 1), bases, z_dim=1, family="Linear", layout=layout)
+        small = projection(
+            weights, {"positions": weights["positions"] + torch.tensor([[[10.0, 0.0]]])}, torch.zeros(1, 1)
+        )
         expected = {
             "embedding": [[[2.2], [5.0]]],  # 0.6·1 + 0.8·2, 0.6·3 + 0.8·4
             "positions": [[[6.6], [6.8]]],  # (1, 0) and (0, 1), each plus c = (10, 0)
@@ -159,9 +208,11 @@ def test_any_maps_against_the_formula_matrix_by_matrix(big, layout):
         name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in big.weight_shapes().items()
     }
     bases = (orthonormal(BIG, SMALL), selection(BIG, COLUMNS), selection(96, NEURONS))
-    projection = randomise(Projection(big, SMALL, bases, z_dim=2, family="Linear", layout=layout).double())
+    projection = randomise(
+        Projection(big, small_shape(big, SMALL), bases, z_dim=2, family="Linear", layout=layout).double()
+    )
     z, c = (torch.randn(T, size, generator=generator, dtype=torch.float64) for size in (2, BIG))
-    small = projection(weights, z, c)
+    small = projection(weights, {"positions": weights["positions"] + c.unsqueeze(1)}, z)
     p, g, n, modulation = (
         part(z) for part in (projection.stream, projection.heads, projection.neurons, projection.modulation)
     )
@@ -309,6 +360,8 @@ def test_sizes_that_cannot_be(tokens):
         model(tokens, (32,))
     with pytest.raises(ValueError, match="d_model=12 is no multiple of d_head=8"):
         model(tokens, (12,))
+    with pytest.raises(ValueError, match="3 layers of a source with 2; allowed: 1 to 2"):
+        model(tokens, n_layers=3)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from projectable import __main__, page, reporting
+from projectable import __main__, pages, reporting
 from projectable.reporting import Report, ReportError, Status
 
 TEXT = r"""# A question?
@@ -260,26 +260,26 @@ def test_report_renders_again_without_running(project):
 def test_html_that_markdown_mixes_in_stays_whole():
     nb = new_notebook(cells=[new_markdown_cell("a <small>b</small> c\n\n<details>\n\n*d*\n\n</details>")])
     status = {"seconds": 1.0, "profile": "laptop", "device": "", "commit": "", "finished": "", "title": "t"}
-    html = page.notebook_html(nb, status | {"notebook": "n", "status": "ok", "error": ""}, Path("."))
+    html = pages.notebook_html(nb, status | {"notebook": "n", "status": "ok", "error": ""}, Path("."))
     assert "a <small>b</small> c" in html and re.search(r"<details>\s*<p><em>d</em></p>\s*</details>", html)
 
 
 def test_formula_that_cannot_be_converted_is_shown_as_code():
-    assert page.mathml(r"\left( <a", "inline") == r"<code>\left( &lt;a</code>"
+    assert pages.mathml(r"\left( <a", "inline") == r"<code>\left( &lt;a</code>"
 
 
 def test_numbers_for_people():
     shown = {0.123456: "0.1235", 12.3456: "12.346", 2e-5: "2.00e-05", 7: "7", 12345.6: "12,345.6", None: "–"}
-    assert {value: page.number(value) for value in shown} == shown
-    assert page.number(float("nan")) == "–" and page.number(True) == "True"
-    assert [page.duration(s) for s in (None, 8, 200, 3900)] == ["", "8 s", "3 min 20 s", "1 h 05 min"]
+    assert {value: pages.number(value) for value in shown} == shown
+    assert pages.number(float("nan")) == "–" and pages.number(True) == "True"
+    assert [pages.duration(s) for s in (None, 8, 200, 3900)] == ["", "8 s", "3 min 20 s", "1 h 05 min"]
     claim = {"value": 3.21, "ci_low": 3.0, "ci_high": 3.4}
-    assert page.interval(claim) == "3.210 [3.000, 3.400]"
-    assert page.interval(claim | {"ci_low": None}) == "3.2100"
+    assert pages.interval(claim) == "3.210 [3.000, 3.400]"
+    assert pages.interval(claim | {"ci_low": None}) == "3.2100"
 
 
 def test_progress_bars_keep_their_last_state():
-    assert page.last_states("a\rb\rc\nd\r\ne") == "c\nd\ne"
+    assert pages.last_states("a\rb\rc\nd\r\ne") == "c\nd\ne"
 
 
 def test_table_is_shown_with_few_decimals(project):

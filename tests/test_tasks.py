@@ -85,14 +85,16 @@ def held_back():
 def test_the_codebook_and_the_tasks_see_training_images_only(monkeypatch, definition):
     before = make_tasks("digits", definition, **ARGUMENTS)
     digits = load_digits()
-    x, x_test = digits.train[0].copy(), np.ones_like(digits.test[0])
-    x[held_back()] = 1
+    x, x_test, held = digits.train[0].copy(), digits.test[0][:, ::-1], held_back()
+    x[held] = x[held, ::-1]  # upside down
     changed = Images("digits", "", digits.label_names, (x, digits.train[1]), (x_test, digits.test[1]))
-    monkeypatch.setattr(tasks, "load_images", lambda name: changed)
+    monkeypatch.setattr(tasks, "load_images", lambda name, patch: changed)
     after = make_tasks("digits", definition, **ARGUMENTS)
     assert np.array_equal(before.codebook.codes, after.codebook.codes)
     assert all(torch.equal(a, b) for a, b in zip(before.tokens["train"], after.tokens["train"], strict=True))
-    assert len(torch.cat(after.tokens["val"]).unique()) == 1  # and the change did arrive
+    for split in ("val", "test"):  # and the change did arrive
+        flipped = [torch.cat(data.tokens[split]).sort(0).values for data in (before, after)]
+        assert not torch.equal(*flipped)
 
 
 def test_splits_are_disjoint_complete_balanced_and_always_the_same(digits):
@@ -150,8 +152,46 @@ def test_unknown_tasks(wrong):
 
 
 def test_unknown_dataset():
-    with pytest.raises(ValueError, match="unknown dataset 'cifar'; allowed: fashion, digits"):
+    with pytest.raises(ValueError, match="unknown dataset 'cifar'; allowed: fashion, digits, .*, SVHN, folder:PATH$"):
         load_images("cifar")
+
+
+def test_a_folder_without_its_prefix_is_told_how(tmp_path):
+    with pytest.raises(ValueError, match=f"allowed: .* \\(your own images: folder:{tmp_path}\\)"):
+        load_images(str(tmp_path))
+
+
+@pytest.mark.parametrize("argument", ["vocab_size", "patch"])
+def test_no_code_and_no_patch(argument):
+    with pytest.raises(ValueError, match=f"{argument}=0; allowed: 1 or more"):
+        make_tasks("digits", **ARGUMENTS | {argument: 0})
+
+
+@pytest.mark.parametrize("n_clusters", [0, 1239])
+def test_no_cluster_and_more_clusters_than_images(n_clusters):
+    message = f"clusters{n_clusters} of 1238 training images; allowed: clusters1 to clusters1238"
+    with pytest.raises(ValueError, match=message):
+        make_tasks("digits", f"clusters{n_clusters}", **ARGUMENTS)
+
+
+def test_a_task_without_images_of_a_split_is_named():
+    with pytest.raises(ValueError, match="'cluster .*' of digits/clusters800 has no val images: fewer tasks or more"):
+        make_tasks("digits", "clusters800", **ARGUMENTS)
+
+
+def test_a_quarter_of_a_class_is_held_back_at_most():
+    few, many = split_images(load_digits(), 20), split_images(load_digits(), 600)
+    n = np.bincount(load_digits().train[1])
+    assert np.bincount(few["val"][1]).tolist() == [20] * 10
+    assert np.bincount(many["val"][1]).tolist() == (n // 4).tolist()
+    assert np.bincount(many["train"][1]).tolist() == (n - n // 4).tolist()
+
+
+def test_validation_images_that_come_with_a_set_are_kept():
+    digits = load_digits()
+    mine = Images("", "", digits.label_names, digits.train, digits.test, (digits.test[0][:7], digits.test[1][:7]))
+    splits = split_images(mine, 20)
+    assert splits["train"] is mine.train and splits["val"] is mine.val and splits["test"] is mine.test
 
 
 # --------------------------------------------------------------------------------------------- the order of data

@@ -74,23 +74,37 @@ class TaskData:
 
 
 def split_images(images: Images, val_per_class: int, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Training images less `val_per_class` of each class for validation; the test images as they are."""
+    """Training images less `val_per_class` of each class (a quarter of it at most) for validation; the test images.
+
+    An image set that comes with validation images keeps them.
+    """
+    if images.val is not None:
+        return {"train": images.train, "val": images.val, "test": images.test}
     x, y = images.train
     rng = np.random.default_rng(seed)
     val = np.zeros(len(x), bool)
     for label in range(len(images.label_names)):
-        val[rng.permutation(np.nonzero(y == label)[0])[:val_per_class]] = True
+        mine = np.nonzero(y == label)[0]
+        val[rng.permutation(mine)[: min(val_per_class, max(1, len(mine) // 4))]] = True
     return {"train": (x[~val], y[~val]), "val": (x[val], y[val]), "test": images.test}
 
 
 def cluster_labels(splits: dict[str, tuple[np.ndarray, np.ndarray]], n_clusters: int, seed: int = 0):
-    """Another definition of tasks: k-means clusters of PCA'd pixels, fitted on training images only."""
+    """Another definition of tasks: k-means clusters of PCA'd pixels, fitted on training images only.
+
+    Raises ValueError for no cluster, or more of them than images to fit them on.
+    """
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
 
     flat = {name: x.reshape(len(x), -1) for name, (x, _) in splits.items()}
-    pca = PCA(32, random_state=seed).fit(flat["train"][:20_000])
-    kmeans = KMeans(n_clusters, n_init=1, max_iter=50, random_state=seed).fit(pca.transform(flat["train"][:20_000]))
+    some = flat["train"][:20_000]
+    if not 1 <= n_clusters <= len(some):
+        raise ValueError(
+            f"clusters{n_clusters} of {len(some)} training images; allowed: clusters1 to clusters{len(some)}"
+        )
+    pca = PCA(min(32, *some.shape), random_state=seed).fit(some)
+    kmeans = KMeans(n_clusters, n_init=1, max_iter=50, random_state=seed).fit(pca.transform(some))
     return {name: kmeans.predict(pca.transform(x)).astype(np.int64) for name, x in flat.items()}
 
 
@@ -121,24 +135,21 @@ def make_tasks(
 ) -> TaskData:
     """Tasks of an image set: `classes`, or `clustersK` (e.g. clusters64). The codebook sees training images only.
 
-    `seen7` and `unseen3` are the classes without and with `HELD_OUT_CLASSES`; the codebook sees the former only.
-    Any name with `-fewN` or `-fewN-sS` behind it: N images of each task, drawn with seed S (see `few`).
-    The data sets `glyphs` and `text` have tasks of their own (see these modules).
+    `dataset` is a name or `folder:PATH`, see `tasks.images`; `glyphs` and `text` have tasks of their own (see these
+    modules). `seen7` and `unseen3` are the classes without and with `HELD_OUT_CLASSES`; the codebook sees the former
+    only. Any tasks with `-fewN` or `-fewN-sS` behind them: N images of each, drawn with seed S (see `few`).
 
-    Raises ValueError naming the allowed values.
+    Raises ValueError naming the allowed values; DataError where images are missing or too few.
     """
+    for name, value in (("vocab_size", vocab_size), ("patch", patch)):
+        if value < 1:
+            raise ValueError(f"{name}={value}; allowed: 1 or more")
     if scarce := re.fullmatch(r"(.+)-few(\d+)(?:-s(\d+))?", tasks):
         whole = make_tasks(dataset, scarce[1], vocab_size, patch, val_per_class, seed)
         return few(whole, int(scarce[2]), int(scarce[3] or 0))
-    if dataset == "glyphs":
-        from .glyphs import make_glyphs
-
-        return make_glyphs(tasks, vocab_size, patch, val_per_class, seed)
-    if dataset == "text":
-        from .text import make_text
-
-        return make_text(tasks, vocab_size, val_per_class, seed)
-    images = load_images(dataset)
+    if dataset in MAKERS:
+        return MAKERS[dataset](tasks, vocab_size, patch, val_per_class, seed)
+    images = load_images(dataset, patch)
     splits = split_images(images, val_per_class, seed)
     held_out = [images.label_names.index(c) for c in HELD_OUT_CLASSES.get(dataset, ())]
     one_side = bool(held_out) and tasks in ("seen7", "unseen3")
@@ -159,4 +170,24 @@ def make_tasks(
     for split, (x, _) in splits.items():
         encoded = torch.from_numpy(codebook.encode(x))
         tokens[split] = [encoded[torch.from_numpy(labels[split] == t)] for t in chosen]
-    return TaskData(f"{dataset}/{tasks}", tuple(names[t] for t in chosen), tokens, codebook, images.licence)
+        for t, mine in zip(chosen, tokens[split], strict=True):
+            if not len(mine):
+                raise ValueError(
+                    f"{names[t]!r} of {dataset}/{tasks} has no {split} images: fewer tasks or more images are needed"
+                )
+    return TaskData(f"{images.name}/{tasks}", tuple(names[t] for t in chosen), tokens, codebook, images.licence)
+
+
+def _glyphs(tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int) -> TaskData:
+    from .glyphs import make_glyphs
+
+    return make_glyphs(tasks, vocab_size, patch, val_per_class, seed)
+
+
+def _text(tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int) -> TaskData:
+    from .text import make_text
+
+    return make_text(tasks, vocab_size, val_per_class, seed)
+
+
+MAKERS = {"glyphs": _glyphs, "text": _text}  # data sets with tasks of their own; a run's key follows the one it names

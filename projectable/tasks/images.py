@@ -1,4 +1,9 @@
-"""Where images come from: Fashion-MNIST (three ways to get it) and scikit-learn's digits (no download at all)."""
+"""Where images come from.
+
+- `fashion`: Fashion-MNIST (three ways to get it); `digits`: scikit-learn's, no download at all.
+- `CIFAR10`, `SVHN`, …: torchvision's data sets by name, from files whose checksums torchvision knows.
+- `folder:PATH`: your own images, a folder of class folders (torchvision's ImageFolder layout).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,12 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +41,7 @@ FASHION_NAMES = (
     "bag",
     "ankle boot",
 )
+BESIDE = Path(__file__).parents[2] / "data"
 HELP = (
     "To get it: be online once (torchvision's download, or Debian's package dataset-fashion-mnist); "
     "or set PROJECTABLE_DATA to a folder that holds FashionMNIST/raw/ with the four .gz files."
@@ -51,11 +61,12 @@ class Images:
     label_names: tuple[str, ...]
     train: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
+    val: tuple[np.ndarray, np.ndarray] | None = None  # None: held back from `train`
 
 
 def data_dir() -> Path:
     """Where downloads go: PROJECTABLE_DATA, or data/ beside the package."""
-    return Path(os.environ.get("PROJECTABLE_DATA") or Path(__file__).parents[2] / "data")
+    return Path(os.environ.get("PROJECTABLE_DATA") or BESIDE)
 
 
 def _fashion_folders() -> list[Path]:
@@ -138,7 +149,10 @@ def _download_with_apt(root: Path) -> None:
 
 def _read_idx(path: Path) -> np.ndarray:
     """A checked IDX file of unsigned bytes → an array of its shape."""
-    content = _read_checked(path)
+    return _from_idx(_read_checked(path))
+
+
+def _from_idx(content: bytes) -> np.ndarray:
     n_dims = content[3]
     shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(n_dims))
     return np.frombuffer(content, np.uint8, offset=4 + 4 * n_dims).reshape(shape)
@@ -170,11 +184,297 @@ def load_digits() -> Images:
     return Images("digits", "CC BY 4.0 (UCI, via scikit-learn)", names, (x[~test], y[~test]), (x[test], y[test]))
 
 
-LOADERS = {"fashion": load_fashion_mnist, "digits": load_digits}
+# ------------------------------------------------------------------------------------------------- torchvision
+
+TORCHVISION = {  # the files that torchvision looks for in `data_dir()`; the licence, where the authors state one
+    "CIFAR10": ("cifar-10-python.tar.gz", ""),
+    "CIFAR100": ("cifar-100-python.tar.gz", ""),
+    "MNIST": ("MNIST/raw/*-ubyte.gz (four files)", ""),
+    "KMNIST": ("KMNIST/raw/*-ubyte.gz (four files)", "CC BY-SA 4.0 (CODH)"),
+    "EMNIST": ("EMNIST/raw/gzip.zip", ""),
+    "SVHN": ("train_32x32.mat, test_32x32.mat", "non-commercial use only (Netzer et al.)"),
+}
 
 
-def load_images(name: str) -> Images:
-    """The image set of that name; raises ValueError naming the allowed ones."""
-    if name not in LOADERS:
-        raise ValueError(f"unknown dataset {name!r}; allowed: {', '.join(LOADERS)}")
-    return LOADERS[name]()
+def load_torchvision(name: str) -> Images:
+    """A data set of torchvision by name, downloaded into `data_dir()` where it is not there (EMNIST: `balanced`).
+
+    Nothing is read whose checksum is not torchvision's: CIFAR's batches are pickles, which torchvision opens only where
+    their MD5 is the one that it knows; of MNIST and its kin the archives are read, since what torchvision unpacked
+    from them is checked no more. Raises DataError saying what to do.
+    """
+    from torchvision import datasets
+
+    (files, licence), kind, root = TORCHVISION[name], getattr(datasets, name), data_dir()
+    try:
+        if name in ("CIFAR10", "CIFAR100"):
+            parts = [kind(str(root), train=train, download=True) for train in (True, False)]
+            pairs, names = [(part.data, part.targets) for part in parts], parts[0].classes
+        elif name == "SVHN":
+            parts = [kind(str(root), split=split, download=True) for split in ("train", "test")]
+            pairs, names = [(part.data.transpose(0, 2, 3, 1), part.labels) for part in parts], "0123456789"
+        else:
+            part = kind(str(root), download=True, **({"split": "balanced"} if name == "EMNIST" else {}))
+            x, y, x_test, y_test = _archived(part)
+            if name == "EMNIST":
+                x, x_test = x.swapaxes(1, 2), x_test.swapaxes(1, 2)  # NIST's files hold letters that lie down
+            pairs, names = [(x[..., None], y), (x_test[..., None], y_test)], part.classes
+    except Exception as error:  # whatever a downloader or reader raises
+        words = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{name} could not be read ({words}). Be online once, or put {files} into {root} (PROJECTABLE_DATA names "
+            "another folder); delete a damaged file first."
+        ) from None
+    train, test = [(x / np.float32(255), np.asarray(y, np.int64)) for x, y in pairs]
+    return Images(name, licence, tuple(names), train, test)
+
+
+def _by_name(name: str) -> Callable[[], Images]:
+    def load() -> Images:
+        return load_torchvision(name)
+
+    return load
+
+
+def _archived(part) -> list[np.ndarray]:
+    """Images and labels, training and test, of MNIST or its kin: out of archives whose MD5 torchvision knows."""
+    from torchvision.datasets.utils import check_integrity
+
+    raw, is_zip = Path(part.raw_folder), hasattr(part, "split")
+    archives = [("gzip.zip", part.md5)] if is_zip else part.resources
+    for archive, md5 in archives:
+        if not check_integrity(raw / archive, md5):
+            raise DataError(f"{raw / archive} is missing or damaged: delete {raw.parent}")
+    if not is_zip:
+        return [_from_idx(gzip.decompress((raw / archive).read_bytes())) for archive, _ in archives]
+    names = [f"emnist-{part.split}-{s}-{w}-ubyte.gz" for s in ("train", "test") for w in ("images-idx3", "labels-idx1")]
+    with zipfile.ZipFile(raw / "gzip.zip") as archive:
+        return [_from_idx(gzip.decompress(archive.read(f"gzip/{name}"))) for name in names]
+
+
+# ------------------------------------------------------------------------------------- a folder of class folders
+
+FOLDER = "folder:"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # what Pillow may take a file for
+LARGEST, USUAL = 64, 32  # pixels: images of one size up to the first stay as they are; others get about the second
+LAYOUT = "allowed: a folder with a folder of images for each class, or such folders in train/ (and val/, test/)"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What was found in a folder of images. `images` of `load_folder` hold what can be read."""
+
+    path: Path
+    classes: tuple[str, ...]
+    counts: dict[str, list[int]]  # images of each class that can be read, by sub-folder (`all` where there are none)
+    broken: tuple[str, ...]  # files that can't be read, and are left out
+    sizes: dict[tuple[int, int], int]  # how many images had which height and width
+    height: int
+    width: int
+    channels: int  # 1 where no image has colour, else 3
+
+    def __str__(self) -> str:
+        n, size = sum(map(sum, self.counts.values())), f"{self.height}×{self.width} pixels"
+        if set(self.sizes) != {(self.height, self.width)}:
+            low, high = ("×".join(map(str, end(self.sizes, key=np.prod))) for end in (min, max))
+            size += f" (cut to that shape and resized; they had {low} to {high})"
+        colour = "grey" if self.channels == 1 else "colour"
+        text = f"{self.path.name}: {n:,} images of {len(self.classes)} classes, {colour}, {size}"
+        left_out = f"; {len(self.broken)} left out that can't be read: {_first(self.broken)}" if self.broken else ""
+        return text + left_out
+
+
+def _first(names, n: int = 3) -> str:
+    return ", ".join(names[:n]) + (", …" if len(names) > n else "")
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+
+
+def _sub_folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+
+
+def _image_files(path: Path) -> dict[str, dict[str, list[Path]]]:
+    """The image files of a folder: {sub-folder: {class: files}}, sorted; the sub-folder is `all` without train/."""
+    if not path.is_dir():
+        raise DataError(f"{path} {'is a file' if path.exists() else 'does not exist'}; {LAYOUT}")
+    parts = {"all": path}
+    if (path / "train").is_dir() and _sub_folders(path / "train"):
+        parts = {p.name: p for p in _sub_folders(path)}
+        if unknown := set(parts) - {"train", "val", "test"}:
+            raise DataError(f"{path} holds train/ and {min(unknown)!r}; allowed beside train/: val/, test/")
+    return {
+        part: {folder.name: sorted(p for p in folder.rglob("*") if _is_image(p)) for folder in _sub_folders(where)}
+        for part, where in parts.items()
+    }
+
+
+def content_key(dataset: str) -> str:
+    """A fingerprint of a folder's images: their names and contents. Empty for data sets that do not change.
+
+    A file is read again only where its size, inode or times (to the nanosecond) differ from those of the last call.
+    """
+    if not dataset.startswith(FOLDER):
+        return ""
+    path, sha = _path(dataset), hashlib.sha256()
+    for files in (files for classes in _image_files(path).values() for files in classes.values()):
+        for file in files:
+            sha.update(f"{file.relative_to(path)}\0".encode() + _digest(file))
+    return sha.hexdigest()
+
+
+_digests: dict[Path, tuple[tuple, bytes]] = {}
+
+
+def _digest(file: Path) -> bytes:
+    try:
+        stat = file.stat()
+        state = (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
+        if _digests.get(file, ((), b""))[0] != state:
+            with file.open("rb") as content:
+                _digests[file] = state, hashlib.file_digest(content, "sha256").digest()
+        return _digests[file][1]
+    except OSError:  # left out of the images as well
+        return b"unreadable"
+
+
+def _path(dataset: str) -> Path:
+    """The PATH of `folder:PATH`."""
+    return Path(os.path.abspath(Path(dataset.removeprefix(FOLDER)).expanduser()))
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    """Height and width as the image is to be seen, from its head."""
+    from PIL import Image
+
+    with Image.open(path, formats=FORMATS) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: a quarter turn
+        return image.size if turned else image.size[::-1]
+
+
+def _read_image(path: Path, height: int, width: int) -> np.ndarray:
+    """An image file → (height, width, 3), uint8: upright, on white where transparent, cut in the middle, resized."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path, formats=FORMATS) as image:
+        image.draft(None, (4 * max(height, width),) * 2)  # a JPEG far too large is decoded at a part of its size
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        if image.size != (width, height):
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        return np.asarray(image)
+
+
+def read_folder(path: str | Path, patch: int = 4) -> tuple[Folder, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """The images of a folder: what was found, and {sub-folder: (pixels (n, H, W, C) uint8, labels (n,) int64)}.
+
+    Images that all have one size of up to 64×64 pixels, which `patch` divides, stay as they are; all others are cut in
+    the middle and resized to 32×32 (or the next smaller size that `patch` divides). Files that can't be read are
+    left out and listed. Raises DataError, naming the folder, where it does not hold images of two classes or more.
+    """
+    from tqdm import tqdm
+
+    path = Path(path)
+    files = _image_files(path)
+    classes = tuple(next(iter(files.values())) if "all" in files else files["train"])
+    if len(classes) < 2:
+        raise DataError(f"{path} holds class folders: {_first(classes) or 'none'}; needed: two or more; {LAYOUT}")
+    for part, by_class in files.items():
+        for name in sorted(by_class.keys() ^ set(classes)):
+            raise DataError(f"{path}: class {name!r} has to be in train/ and {part}/, or in neither")
+    rows = [(part, name, file) for part, by_class in files.items() for name, fs in by_class.items() for file in fs]
+    broken, sizes = [], {}
+    for _, _, file in rows:
+        try:
+            sizes[file] = _size_of(file)
+        except Exception:  # Pillow raises many kinds
+            broken.append(file)
+    height = width = max(patch, USUAL - USUAL % patch)
+    if len(set(sizes.values())) == 1:
+        ((h, w),) = set(sizes.values())
+        height, width = (h, w) if max(h, w) <= LARGEST and not (h % patch or w % patch) else (height, width)
+    pixels = {part: ([], []) for part in files}
+    for part, name, file in tqdm([row for row in rows if row[2] in sizes], desc=path.name, delay=3, leave=False):
+        try:
+            pixels[part][0].append(_read_image(file, height, width))
+            pixels[part][1].append(classes.index(name))
+        except Exception:
+            broken.append(file)
+            del sizes[file]
+    broken = tuple(sorted(str(file.relative_to(path)) for file in broken))
+    for part, (_, labels) in pixels.items():
+        counts = np.bincount(np.array(labels, int), minlength=len(classes))
+        if not counts.all():
+            name = classes[counts.argmin()]
+            where = path / name if part == "all" else path / part / name
+            bad = [b for b in broken if path / b in files[part][name]]
+            why = f"can't be read: {_first(bad)}" if bad else f"allowed: {', '.join(SUFFIXES)}"
+            raise DataError(f"class {name!r} is empty: {where} holds no image ({why})")
+    arrays = {part: (np.stack(x), np.array(y, np.int64)) for part, (x, y) in pixels.items()}
+    if all((x[..., :1] == x).all() for x, _ in arrays.values()):
+        arrays = {part: (x[..., :1], y) for part, (x, y) in arrays.items()}
+    counts = {part: np.bincount(y, minlength=len(classes)).tolist() for part, (_, y) in arrays.items()}
+    channels = next(iter(arrays.values()))[0].shape[-1]
+    return Folder(path, classes, counts, broken, dict(Counter(sizes.values())), height, width, channels), arrays
+
+
+def load_folder(path: str | Path, patch: int = 4) -> Images:
+    """Your own images, see `read_folder`; what was found is said on standard error.
+
+    Without test/ a fifth of each class is drawn for testing, always the same; without val/ validation images come out
+    of what is left. Raises DataError where a class has too few images for that.
+    """
+    path = Path(path)
+    found, parts = read_folder(path, patch)
+    print(found, file=sys.stderr)
+    rng = np.random.default_rng(0)
+    x, y = parts["all"] if "all" in parts else parts["train"]
+    needed = 3 - ("val" in parts) - ("test" in parts)
+    for name, n in zip(found.classes, np.bincount(y), strict=True):
+        if n < needed:
+            words = "train, val and test images of their own" if needed > 1 else "training images"
+            raise DataError(f"class {name!r} of {path} has {n} images to train with; needed: {needed} ({words})")
+    order = rng.permutation(len(x))  # codebooks are fitted on the first images: these are to be of all classes
+    x, y = x[order], y[order]
+    if "test" not in parts:
+        test = np.zeros(len(x), bool)
+        for label in range(len(found.classes)):
+            mine = np.nonzero(y == label)[0]
+            test[mine[: max(1, len(mine) // 5)]] = True
+        parts["test"], x, y = (x[test], y[test]), x[~test], y[~test]
+    parts["train"] = x, y
+    ready = {part: (x / np.float32(255), y) for part, (x, y) in parts.items()}
+    return Images(path.name, "", found.classes, ready["train"], ready["test"], ready.get("val"))
+
+
+# ------------------------------------------------------------------------------------------------------- by name
+
+LOADERS: dict[str, Callable[[], Images]] = {
+    "fashion": load_fashion_mnist,
+    "digits": load_digits,
+    "FashionMNIST": load_fashion_mnist,
+    **{name: _by_name(name) for name in TORCHVISION},
+}
+LOADERS_OF_PATHS: dict[str, Callable[[Path, int], Images]] = {"folder": load_folder}  # folder:PATH; path and patch
+
+
+def load_images(dataset: str, patch: int = 4) -> Images:
+    """The image set of that name, or of the folder in `folder:PATH` (its images fit patches of `patch` pixels).
+
+    Raises ValueError naming the allowed ones.
+    """
+    kind, _, path = dataset.partition(":")
+    if path and kind in LOADERS_OF_PATHS:
+        return LOADERS_OF_PATHS[kind](_path(dataset), patch)
+    if dataset not in LOADERS:
+        hint = f" (your own images: {FOLDER}{dataset})" if Path(dataset).is_dir() else ""
+        raise ValueError(f"unknown dataset {dataset!r}; allowed: {', '.join(LOADERS)}, {FOLDER}PATH{hint}")
+    return LOADERS[dataset]()

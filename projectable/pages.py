@@ -1,18 +1,101 @@
-"""How results look as pages: an executed notebook, or the index, becomes one HTML file that opens offline.
+"""Notebooks as files and as pages: read and checked, or made into HTML that opens offline, with the index of all.
 
 Notable: maths becomes MathML while the markdown is parsed (so code is left alone), figures are embedded, code
 and progress output are folded away, and there is no script at all. Functions from data to HTML: no file is
-written here. The templates: `index.html.j2` (nbconvert's name for its main one) is the page of a notebook,
+written here. The templates, in `page/`: `index.html.j2` (nbconvert's name for its main one) is the page of a notebook,
 `claims.html.j2` the index of all.
 """
 
+import ast
 import base64
 import io
 import math
 import re
 from pathlib import Path
 
-HERE = Path(__file__).parent
+TEMPLATES = Path(__file__).parent / "page"
+
+
+# ------------------------------------------------------------------------------------------------- a notebook as a file
+
+
+class ReportError(Exception):
+    """A mistake that one line explains: an unknown name, a notebook that can't be run, a folder in use."""
+
+
+def read_notebook(path: Path):
+    """The notebook as nbformat's object."""
+    import nbformat
+
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:  # nbformat raises many kinds
+        raise ReportError(f"{path.name} is not readable as a notebook: {error}") from error
+
+
+def notebook_title(path: Path) -> str:
+    """The first heading, or the file's name."""
+    for cell in read_notebook(path).cells:
+        heading = re.search(r"^# +(.+)$", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else None
+        if heading:
+            return heading[1].strip()
+    return path.stem
+
+
+def _parameter_lines(path: Path, nb) -> list[ast.stmt]:
+    """The statements of the one cell tagged `parameters`."""
+    cells = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise ReportError(f"{path.name}: needs exactly one cell tagged `parameters`, has {len(cells)}")
+    try:
+        return ast.parse(cells[0].source).body
+    except SyntaxError as error:
+        raise ReportError(f"{path.name}: line {error.lineno} of the parameters: {error.msg}") from None
+
+
+def _assigned(line: ast.stmt) -> list[str]:
+    """The plain names that a statement assigns."""
+    targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def check_parameters(path: Path, parameters: dict) -> None:
+    """An error for a parameter that the notebook does not have: papermill would only warn."""
+    assigned = [name for line in _parameter_lines(path, read_notebook(path)) for name in _assigned(line)]
+    unknown = [name for name in parameters if name not in assigned]
+    if unknown:
+        raise ReportError(f"{path.name}: unknown parameter {', '.join(unknown)}; allowed: {', '.join(assigned)}")
+
+
+def check_stored(path: Path) -> None:
+    """An error for a notebook that is not fit to be stored.
+
+    Fit: exactly one `parameters` cell, which assigns literals only, `profile` first; no outputs, no execution counts.
+    """
+    nb = read_notebook(path)
+    lines = _parameter_lines(path, nb)
+    for line in lines:
+        value = line.value if isinstance(line, ast.Assign | ast.AnnAssign) else None
+        if value is None or not _is_literal(value) or len(_assigned(line)) != 1:
+            raise ReportError(f"{path.name}: `{ast.unparse(line)}` among the parameters; allowed: name = literal")
+    first = _assigned(lines[0])[0] if lines else "missing"
+    if first != "profile":
+        raise ReportError(f"{path.name}: the first parameter is {first}; allowed: profile")
+    ran = [str(i) for i, c in enumerate(nb.cells, 1) if c.get("outputs") or c.get("execution_count") is not None]
+    if ran:
+        strip = f"jupyter nbconvert --clear-output --inplace {path}"
+        raise ReportError(f"{path.name}: cell {', '.join(ran)} is stored with its run; `{strip}` strips it")
+
+
+def _is_literal(value: ast.expr) -> bool:
+    try:
+        ast.literal_eval(value)
+    except ValueError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------- values for people
 
 
 def number(value) -> str:
@@ -50,6 +133,9 @@ def interval(claim: dict) -> str:
     decimals = min(max(1 - math.floor(math.log10(abs(ends[2] - ends[1]))), 3), 6)
     value, low, high = (f"{end:,.{decimals}f}" for end in ends)
     return f"{value} [{low}, {high}]"
+
+
+# ------------------------------------------------------------------------------------------------------ parts of a page
 
 
 def data_uri(png: Path, width: int | None = None) -> str | None:
@@ -123,8 +209,8 @@ def _exporter():
             return MarkdownWithMath(renderer=renderer).render(source)
 
     return PageExporter(
-        template_name=HERE.name,
-        extra_template_basedirs=[str(HERE.parent)],
+        template_name=TEMPLATES.name,
+        extra_template_basedirs=[str(TEMPLATES.parent)],
         exclude_input_prompt=True,
         exclude_output_prompt=True,
     )
@@ -136,7 +222,7 @@ def _css() -> str:
 
     light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
     # Ours comes last: it decides about backgrounds.
-    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{(HERE / 'style.css').read_text()}"
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{(TEMPLATES / 'style.css').read_text()}"
 
 
 def last_states(text: str) -> str:
@@ -160,7 +246,8 @@ def _tidy(nb):
             continue
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata["summary"] = "parameters of this run"
-        streams, outputs = {}, []
+        streams: dict = {}
+        outputs = []
         for output in cell.outputs:
             if output.output_type == "stream" and output.name in streams:
                 streams[output.name].text += output.text
@@ -172,6 +259,9 @@ def _tidy(nb):
             output.text = last_states(output.text)
         cell.outputs = outputs
     return nb
+
+
+# ---------------------------------------------------------------------------------------------------------- whole pages
 
 
 def notebook_html(nb, status: dict, folder: Path, previous: str | None = None, next: str | None = None) -> str:
@@ -199,7 +289,7 @@ def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures:
     """The index: headline figure, one row a claim, one row a notebook, one a benchmark (`speed`, if any was run)."""
     from jinja2 import Environment, FileSystemLoader
 
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True)
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     environment.filters.update(
         interval=interval, duration=duration, when=when, number=number, slug=lambda words: words.replace(" ", "-")
     )
