@@ -86,7 +86,7 @@ class Alphabet:
         """The size − 1 most frequent characters of training texts, in code order; raises ValueError for size < 2."""
         if size < 2:
             raise ValueError(f"vocab_size={size} leaves no character; allowed: 2 or more")
-        counts = Counter()
+        counts: Counter[str] = Counter()
         for text in texts:
             counts.update(text)
         counts.pop(UNKNOWN, None)
