@@ -12,7 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
 from projectable.evaluation import t_interval
 
@@ -72,14 +72,20 @@ def colour(arm: str) -> str:
 
 
 def looks(arms) -> dict[str, dict]:
-    """Line looks of several arms: colour by family, dash and marker by place among those of one colour."""
+    """Line looks of several arms: colour by family, dash and marker by place among those of one colour.
+
+    Where no arm belongs to a family each has a colour of its own.
+    """
+    arms = list(arms)
+    own = sns.color_palette("colorblind", max(len(arms), 1)).as_hex() if not any(map(family, map(str, arms))) else None
     places: dict[str, int] = {}
     result = {}
-    for arm in arms:
-        place = places.get(colour(arm), 0)
-        places[colour(arm)] = place + 1
+    for number, arm in enumerate(arms):
+        its = own[number] if own and len(arms) > 1 else colour(arm)
+        place = number if own else places.get(its, 0)
+        places[its] = place + 1
         result[arm] = {
-            "color": colour(arm),
+            "color": its,
             "linestyle": DASHES[place % len(DASHES)],
             "marker": MARKERS[place % len(MARKERS)],
         }
@@ -248,7 +254,11 @@ def loss_against_parameters(df: pd.DataFrame) -> Figure:
             marker = MARKERS[place % len(MARKERS)]
             ax.plot(part["maps"], part["loss"], marker, ms=8, color=colours[place], label=label_of(name))
         ax.set_xscale("log")
-        ax.set_xlabel("parameters of the maps")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g}")
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.margins(x=0.15)
+        ax.set_xlabel("thousand parameters")
         ax.set_title(f"width {size}")
     axes[0].set_ylabel(LOSS)
     _legend_below(fig, axes)
@@ -268,6 +278,7 @@ def changes(df: pd.DataFrame, xlabel: str) -> Figure:
                 ax.barh(place, gap.mean(), height=0.6, color=better, alpha=0.5)
                 ax.plot(gap, [place] * len(gap), "o", ms=3, color=better)
         ax.axvline(0, color="#1D2430", lw=1)
+        ax.xaxis.set_major_locator(MaxNLocator(3))
         ax.set_yticks(range(len(names)), [label_of(name) for name in names])
         ax.set_title(f"width {size}")
     axes[0].invert_yaxis()
