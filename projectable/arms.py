@@ -140,6 +140,8 @@ FACTORS = {
     "z_16": _projected("task vectors of 16 dimensions", z_dim=16, **_LINEAR),
 }
 ALONE = {f"alone_{i}": _projected(f"one size alone ({i})", only=i, z_dim=8, **_LINEAR) for i in range(3)}
+# of the notebook on the source: fewer layers than it has
+DEPTHS = {f"depth_{n}": _projected(f"projected to {n} layers", z_dim=8, n_layers=n, **_LINEAR) for n in (1, 2)}
 # of the notebook on conditionings: what the maps are told of a task
 CONDITIONED = {
     f"told_{name}": _projected(words, z_dim=8, conditioning=name, **_LINEAR)
@@ -150,7 +152,7 @@ CONDITIONED = {
         ("SupportSet", "some of its images"),
     )
 }
-EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | CONDITIONED
+EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS | CONDITIONED
 
 
 class Study:

@@ -164,9 +164,12 @@ def _lines_over_size(df: pd.DataFrame, group: str, value: str, ylabel: str, summ
 
 
 @style()
-def loss_against_size(df: pd.DataFrame, source: float | None = None, ylabel: str = LOSS) -> Figure:
+def loss_against_size(
+    df: pd.DataFrame, source: float | None = None, ylabel: str = LOSS, xlabel: str | None = None
+) -> Figure:
     """Loss of each arm against size. `df`: arm, d_s, seed, loss. `source`: the large model's loss, a line."""
     fig, ax, entries = _lines_over_size(df, "arm", "loss", ylabel, None)
+    ax.set_xlabel(xlabel or SIZE)
     if source is not None:
         ax.axhline(source, color=FAMILIES["source"], lw=1.2, ls=(0, (6, 3)), label="source (large)")
         entries += 1
