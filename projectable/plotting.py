@@ -313,11 +313,11 @@ def sweep_curves(df: pd.DataFrame) -> Figure:
 
 @style()
 def image_grid(images, row_labels=None) -> Figure:
-    """Grey images in [0, 1] as a grid. `images`: (rows, columns, height, width); a label a row."""
+    """Images in [0, 1] as a grid. `images`: (rows, columns, height, width), channels behind if any; a label a row."""
     images = np.asarray(images, dtype=float)
-    rows, columns, height, width = images.shape
+    rows, columns, height, width = images.shape[:4]
     gap = max(1, height // 14)
-    sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap))
+    sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, *images.shape[4:]))
     for row in range(rows):
         for column in range(columns):
             y, x = row * (height + gap), column * (width + gap)
