@@ -304,11 +304,18 @@ def _train(config: RunConfig, folder: Path, report: Report | None, stop: Callabl
     model = build(config, data)
     if torch.cuda.is_available():
         model.to("cuda")
-    team.first(lambda: write_json(folder / "config.json", asdict(config)))
+    team.first(lambda: _prepare(config, folder))
     checkpoint = folder / "checkpoint.safetensors"
     outcome = train(model, data, config, checkpoint, report, stop=stop, team=team)
     team.first(lambda: _keep(config, folder, model, outcome, team.size))
     checkpoint.unlink(missing_ok=True)
+
+
+def _prepare(config: RunConfig, folder: Path) -> None:
+    """Write what is trained, and clear away what a killed process was writing."""
+    write_json(folder / "config.json", asdict(config))
+    for draft in folder.glob(".*"):
+        draft.unlink()
 
 
 def _keep(config: RunConfig, folder: Path, model: Model, outcome: Outcome, processes: int) -> None:

@@ -204,8 +204,11 @@ def _definitions(source: str) -> dict[str, ast.AST]:
 def _tree_of(thing: Any) -> ast.AST:
     with contextlib.suppress(OSError, TypeError, KeyError):
         return _definitions(source_of(thing.__module__))[thing.__qualname__]
-    with contextlib.suppress(OSError, TypeError, SyntaxError):
-        return _Bare().visit(ast.parse(textwrap.dedent(inspect.getsource(thing))))
+    with contextlib.suppress(OSError, TypeError):
+        source = textwrap.dedent(inspect.getsource(thing))
+        for form in (source, f"{{{source}}}", repr(source)):  # a lambda comes with its line, an entry of a dict perhaps
+            with contextlib.suppress(SyntaxError):
+                return _Bare().visit(ast.parse(form))
     if isinstance(thing, type):  # of a notebook, which keeps the sources of functions only
         return ast.Module([_tree_of(part) for part in vars(thing).values() if isinstance(part, FunctionType)], [])
     return ast.parse("")
