@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from projectable.evaluation import bits_per_pixel
+from projectable.fingerprint import code_behind
 from projectable.tasks import SPLITS, few, make_tasks, text
 from projectable.tasks.images import DataError
 from projectable.tasks.text import LENGTH, UNKNOWN, Alphabet, Source, sequences
@@ -167,6 +168,11 @@ def test_a_missing_package_or_text_is_named(monkeypatch):
         DataError, match="'zen' has 0 train sequences, 4000 are wanted: install Python with all its source"
     ):
         make_tasks("text", "kinds")
+
+
+def test_where_texts_come_from_is_part_of_their_key():
+    code, *_ = code_behind([make_tasks], ["text"])
+    assert any("pydoc_data/topics.py" in piece for piece in code)
 
 
 def test_unknown_text_tasks():

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -37,8 +37,7 @@ MODULES = {"scikit-learn": "sklearn"}  # where a package's name is not that of i
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where a kind of writing is found: files of an installed package (of Python itself where it is empty)."""
 
     family: str
