@@ -1,5 +1,7 @@
 """The command line: `python -m projectable --help`."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,11 +23,19 @@ profile_option = click.option(
 )
 
 
+executor_option = click.option(
+    "--executor", metavar="local|slurm", help="Train as jobs of submitit, on this machine or on Slurm."
+)
+
+
 @cli.command()
 @profile_option
 @click.option("--only", multiple=True, metavar="NAME", help="A notebook's number or name; may be repeated.")
-def reproduce(profile: str, only: tuple[str, ...]) -> None:
+@executor_option
+def reproduce(profile: str, only: tuple[str, ...], executor: str | None) -> None:
     """Run the notebooks and write reports/index.html."""
+    if executor:
+        os.environ["PROJECTABLE_EXECUTOR"] = executor  # the notebooks' kernels inherit it
     if reporting.reproduce(profile, only):
         sys.exit(1)
 
@@ -61,37 +71,52 @@ def check(notebooks: tuple[Path, ...]) -> None:
 
 @cli.command()
 @click.argument("config")
-def train(config: str) -> None:
+@executor_option
+def train(config: str, executor: str | None) -> None:
     """Train a run, print its folder.
 
     CONFIG is a JSON file with the fields of a RunConfig, as every run's config.json. What the run starts from is
-    trained first. A finished run is found again; one that was stopped goes on from its last checkpoint.
+    trained first. A finished run is found again; one that was stopped goes on from its last checkpoint. Ctrl-C ends the
+    step, writes a checkpoint and leaves with code 130. Several processes share a training under torchrun.
 
     \b
     Example: projectable train notebooks/digits.json
+             torchrun --nproc-per-node 2 -m projectable train notebooks/digits.json
     """
     from tqdm import tqdm
 
-    from projectable import experiment, runs
+    from projectable import experiment, parallel, runs
 
     wanted = runs.read_config(config)
-    for part in runs.chain(wanted):
-        if experiment.is_done(part):
-            continue
-        words = " ".join([part.model, *(f"d{size}" for size in part.sizes)])
-        with tqdm(total=part.steps, unit="step", desc=words, mininterval=1) as bar:
+    if executor:
+        experiment.run_many([wanted], executor=executor)
+        click.echo(experiment.folder_of(wanted))
+        return
+    with parallel.team() as team, parallel.Stop(team) as stop:
+        said = ""
+        try:
+            for part in runs.chain(wanted):
+                if team.first(lambda part=part: experiment.is_done(part)):
+                    continue
+                words = " ".join([part.model, *(f"d{size}" for size in part.sizes)])
+                with tqdm(total=part.steps, unit="step", desc=words, mininterval=1, disable=team.rank > 0) as bar:
 
-            def report(step: int, steps: int, loss: float, bar=bar) -> None:
-                if not bar.n:
-                    bar.n = bar.initial = step - 1  # where it goes on: the rate is that of the steps made now
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                bar.update(step - bar.n)
+                    def report(step: int, steps: int, loss: float, bar=bar, words=words) -> None:
+                        nonlocal said
+                        if not bar.n:
+                            bar.n = bar.initial = step - 1  # where it goes on: the rate is that of the steps made now
+                        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                        bar.update(step - bar.n)
+                        said = f" after step {step:,} of {steps:,} of {words}"
 
-            try:
-                experiment.run(part, report)
-            except KeyboardInterrupt:
-                sys.exit("stopped: the same command goes on from the last checkpoint")
-    click.echo(experiment.folder_of(wanted))
+                    experiment.run(part, report, stop, team)
+                stop.end()
+        except KeyboardInterrupt:
+            if team.rank == 0:
+                click.echo(f"stopped{said}: the same command goes on from there", err=True)
+            sys.exit(128 + (stop.signal or signal.SIGINT))
+        if team.rank == 0:
+            click.echo(experiment.folder_of(wanted))
 
 
 @cli.command()

@@ -25,11 +25,14 @@ class Arm:
     words: str  # as a legend shows it
     model: str
     lr: dict[int, float]
-    steps: str = "both"  # source (the source alone), joint, both (as many examples as source and joint), half, matched
+    # source (the source alone), joint, both (as many examples as source and joint), half, matched (as much compute as
+    # source and projections of all sizes), or a share of both
+    steps: str | float = "both"
     start: str = ""  # the arm whose run it starts from
     options: dict = field(default_factory=dict)
     max_seeds: int | None = None  # fewer seeds for arms that no claim rests on
-    smallest_only: bool = False  # only the smallest size, where a claim is about that one
+    only: int | None = None  # of the profile's sizes the one in that place, where the arm is about that one
+    one_start: bool = False  # all seeds start from the first seed's run
 
     def middle(self, size: int) -> float:
         """Where the sweep of that size is centred."""
@@ -44,9 +47,8 @@ _SOURCE = dict(conditioning="additive", zero_writes=True)
 LAMBDA = 3.0  # weight of the source's own objective: with 1 the source loses about 1 % (validation images)
 
 
-def _projected(words: str, lr: dict[int, float] = _MAPS, max_seeds=None, smallest_only=False, **options) -> Arm:
-    options = dict(source_weight=LAMBDA, **options)
-    return Arm(words, "projectable", lr, "joint", "source", options, max_seeds, smallest_only)
+def _projected(words: str, lr: dict[int, float] = _MAPS, max_seeds=None, only=None, **options) -> Arm:
+    return Arm(words, "projectable", lr, "joint", "source", dict(source_weight=LAMBDA) | options, max_seeds, only)
 
 
 ARMS = {
@@ -76,7 +78,7 @@ ARMS = {
     "specialists_tuned": Arm("specialists, tuned from the best universal", "specialists", _TUNED, "half", "universal"),
     "projected": _projected("projected", family="Linear", z_dim=8),
     "projected_few_dims": _projected(
-        "projected, task vectors of 3 dimensions", {8: 1.4e-2}, smallest_only=True, family="Linear", z_dim=3
+        "projected, task vectors of 3 dimensions", {8: 1.4e-2}, only=0, family="Linear", z_dim=3
     ),
     "static_token": _projected(
         "over-parametrised universal (StaticToken)", {8: 1.4e-2, 16: 1e-2, 32: 7e-3}, family="Static"
@@ -99,6 +101,58 @@ ARMS = {
         "projected, source frozen", max_seeds=3, family="Linear", z_dim=8, source_mode="frozen"
     ),
 }
+# of the notebook on direct training: specialists from scratch with fewer and more steps, and from projected models
+_TUNED_ON = {0.01: {8: 2e-3, 32: 1e-3}, 0.1: {8: 1e-2, 16: 5e-3, 32: 3e-3}, 1.0: {8: 2e-2, 16: 1e-2, 32: 4e-3}}
+DIRECT = {
+    f"specialists_{name}": Arm(f"specialists from scratch, {words}", "specialists", _SPECIALIST, steps, max_seeds=3)
+    for name, words, steps in (("a_tenth", "a tenth of the steps", 0.1), ("a_third", "a third", 0.3))
+}
+DIRECT["specialists_matched"] = Arm(
+    "specialists from scratch, the projections' compute",
+    "specialists",
+    {8: 4e-2, 16: 1.4e-2, 32: 5e-3},
+    "matched",
+    max_seeds=3,
+)
+DIRECT |= {
+    f"tuned_{share:g}": Arm(f"projected, then {share:.0%} of the steps", "tuned", lr, share, "projected", max_seeds=3)
+    for share, lr in _TUNED_ON.items()
+}
+# of the notebook on stability: other generators over one and the same source
+STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True)}
+# of the notebook on generators: one factor at a time around `projected`
+_OTHER_FAMILIES = ("Slice", "LowRank", "LowRankMLP", "Kronecker", "Orthonormal", "Mixture")
+FAMILIES = {f"family_{name}": _projected(f"{name} maps", max_seeds=3, family=name, z_dim=8) for name in _OTHER_FAMILIES}
+BANKS = {
+    f"bank_{name}": _projected(
+        f"{name} maps, random source, trained", max_seeds=3, family=name, z_dim=8, source_mode="random_trained"
+    )
+    for name in _OTHER_FAMILIES
+}
+_LINEAR = dict(max_seeds=3, family="Linear")
+FACTORS = {
+    "layout_per_matrix": _projected("maps of its own for each matrix", z_dim=8, layout="per_matrix", **_LINEAR),
+    "p0_slice": _projected("start: slices of the source", z_dim=8, p0="slice", **_LINEAR),
+    "p0_random": _projected("start: random orthonormal", z_dim=8, p0="random", **_LINEAR),
+    "lambda_1": _projected("λ = 1", z_dim=8, source_weight=1.0, **_LINEAR),
+    "lambda_10": _projected("λ = 10", z_dim=8, source_weight=10.0, **_LINEAR),
+    "z_2": _projected("task vectors of 2 dimensions", z_dim=2, **_LINEAR),
+    "z_16": _projected("task vectors of 16 dimensions", z_dim=16, **_LINEAR),
+}
+ALONE = {f"alone_{i}": _projected(f"one size alone ({i})", only=i, z_dim=8, **_LINEAR) for i in range(3)}
+# of the notebook on the source: fewer layers than it has
+DEPTHS = {f"depth_{n}": _projected(f"projected to {n} layers", z_dim=8, n_layers=n, **_LINEAR) for n in (1, 2)}
+# of the notebook on conditionings: what the maps are told of a task
+CONDITIONED = {
+    f"told_{name}": _projected(words, z_dim=8, conditioning=name, **_LINEAR)
+    for name, words in (
+        ("NoID", "nothing"),
+        ("Features", "mean image features"),
+        ("Attributes", "the letters of its name"),
+        ("SupportSet", "some of its images"),
+    )
+}
+EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS | CONDITIONED
 
 
 class Study:
@@ -113,19 +167,22 @@ class Study:
 
     def config(self, name: str, rates: dict[int, float], seed: int) -> RunConfig:
         """The run of an arm for the sizes in `rates` (learning rate by size), a seed and this profile."""
-        arm, p = ARMS[name], self.profile
+        arm, p = EVERY[name], self.profile
         sizes = () if arm.model == "source" else tuple(sorted(rates))
         options, start = dict(arm.options), None
         if name in ("universal_distilled", "universal_matched"):
             options["conditioning"] = dict(ARMS[self.best_universal(*sizes)].options)["conditioning"]
         both = p.source_steps + p.joint_steps
         steps = {"source": p.source_steps, "joint": p.joint_steps, "both": both, "half": both // 2}
-        n_steps = self.matched_steps() if arm.steps == "matched" else steps[arm.steps]
+        if isinstance(arm.steps, float):
+            n_steps = max(1, round(arm.steps * both))
+        else:
+            n_steps = self.matched_steps() if arm.steps == "matched" else steps[arm.steps]
         if arm.start == "universal":  # shorter than the rival itself: both together see as many examples as all arms
             best = self.best_universal(*sizes)
             start = self.config(best, {s: self.rates(best)[s] for s in sizes}, seed).with_(steps=both - n_steps)
         elif arm.start:
-            start = self.config(arm.start, self.rates(arm.start), seed)
+            start = self.config(arm.start, self.rates(arm.start), p.seeds[0] if arm.one_start else seed)
         source_lr = 0.0
         if arm.model == "source":
             (source_lr,) = rates.values()
@@ -158,13 +215,14 @@ class Study:
     # ------------------------------------------------------------------------------------------------ sweeps
 
     def _sizes(self, name: str) -> tuple[int, ...]:
-        if ARMS[name].model == "source":
+        if EVERY[name].model == "source":
             return (self.profile.d_source,)
-        return self.sizes[:1] if ARMS[name].smallest_only else self.sizes
+        only = EVERY[name].only
+        return self.sizes if only is None else (self.sizes[only],)
 
     def _trials(self, name: str, powers: dict[int, list[int]]) -> dict[tuple[int, int], RunConfig]:
         """{(size, power): config}: rate = middle · FACTOR^power. Projections train all sizes in one run."""
-        seed, arm = self.profile.seeds[0], ARMS[name]
+        seed, arm = self.profile.seeds[0], EVERY[name]
 
         def rate(size: int, power: int) -> float:
             return float(f"{arm.middle(size) * FACTOR**power:.2g}")
@@ -184,10 +242,10 @@ class Study:
         while True:
             trials = {name: self._trials(name, powers[name]) for name in names}
             unique = list({c.key(): c for t in trials.values() for c in t.values()}.values())
-            runs = dict(zip([c.key() for c in unique], run_many(unique, f"sweep of {', '.join(names)}"), strict=True))
+            runs = dict(zip([c.key() for c in unique], run_many(unique, f"sweep of {_words(names)}"), strict=True))
             rows, again = [], False
             for name in names:
-                member = "source" if ARMS[name].model == "source" else None
+                member = "source" if EVERY[name].model == "source" else None
                 for size in self._sizes(name):
                     ks = sorted(k for s, k in trials[name] if s == size)
                     found = {k: runs[trials[name][size, k].key()] for k in ks}
@@ -229,21 +287,29 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------- seeds
 
-    def seeds(self, *names: str, test: bool = True) -> dict[str, list[Run]]:
-        """The runs of these arms over all seeds at their best rates; `universal` stands for the best one a size."""
+    def seeds(self, *names: str, test: bool = True, max_seeds: int | None = None) -> dict[str, list[Run]]:
+        """The runs of these arms over all seeds (at most `max_seeds`) at their best rates.
+
+        `universal` stands for the best one a size.
+        """
         configs: list[tuple[str, RunConfig]] = []
         for name in names:
             if name == "universal":
                 chosen = {s: self.best_universal(s) for s in self.sizes}
                 parts = [(chosen[s], {s: self.rates(chosen[s])[s]}) for s in self.sizes]
-            elif ARMS[name].model == "projectable":
+            elif EVERY[name].model == "projectable":
                 parts = [(name, self.rates(name))]
             else:
                 parts = [(name, {s: lr}) for s, lr in self.rates(name).items()]
-            seeds = self.profile.seeds[: ARMS[name].max_seeds if name in ARMS else None]
+            seeds = self.profile.seeds[: EVERY[name].max_seeds if name in EVERY else None][:max_seeds]
             configs += [(name, self.config(arm, rates, seed)) for seed in seeds for arm, rates in parts]
-        runs = run_many([c for _, c in configs], f"seeds of {', '.join(names)}", test)
+        runs = run_many([c for _, c in configs], f"seeds of {_words(names)}", test)
         result: dict[str, list[Run]] = {name: [] for name in names}
         for (name, _), run in zip(configs, runs, strict=True):
             result[name].append(run)
         return result
+
+
+def _words(names: tuple[str, ...]) -> str:
+    """Arms as a line of progress names them."""
+    return ", ".join(names) if len(names) < 5 else f"{names[0]} and {len(names) - 1} other arms"

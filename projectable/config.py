@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 
 from .transformer import Shape
 
+PRECISIONS = ("float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -45,6 +47,7 @@ class RunConfig:
     val_images: int = 100  # of each task, at every evaluation
     patience: int = 0  # evaluations without a better one; 0: never stop early
     checkpoint_every: int = 200  # steps
+    precision: str = "float32"  # or bfloat16: training under autocast, on CUDA only (slower on a CPU)
     options: tuple[tuple[str, object], ...] = ()  # further arguments of the model
     start: RunConfig | None = None
 
@@ -53,6 +56,8 @@ class RunConfig:
             raise ValueError(
                 f"{len(self.lr)} learning rates for {len(self.sizes)} sizes {self.sizes}: one each is allowed"
             )
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}; allowed: {', '.join(PRECISIONS)}")
 
     def shape(self, length: int, d_model: int | None = None) -> Shape:
         """The Transformer of that width (default: the source's) for sequences of `length` tokens."""
@@ -96,6 +101,17 @@ class Profile:
     def clusters(self) -> DataConfig:
         """The same images with clusters as tasks."""
         return replace(self.data, tasks=f"clusters{self.n_clusters}")
+
+    @property
+    def text(self) -> Profile:
+        """The same with kinds of writing as tasks: characters instead of patches."""
+        n = 40 if self.name == "smoke" else 400
+        return replace(self, data=DataConfig("text", "kinds", vocab_size=96, val_per_class=n))
+
+    @property
+    def short(self) -> Profile:
+        """The same with half of the steps, for comparisons of many arms: all of them shortened alike."""
+        return replace(self, source_steps=self.source_steps // 2, joint_steps=self.joint_steps // 2)
 
 
 PROFILES = {

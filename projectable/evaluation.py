@@ -7,6 +7,7 @@ mean over tasks of (rival's loss − ours), positive where ours is better; then 
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from .baselines import Model
 from .experiment import Run
+from .projection import Projectable
 from .tasks import TaskData
-from .transformer import forward
+from .transformer import forward, task_losses
 
 
 def loss_table(runs: dict[str, list[Run]], data: TaskData) -> pd.DataFrame:
@@ -118,6 +120,86 @@ def naming_accuracy(losses: Tensor) -> float:
     """How often the model that finds an image likeliest is that of its own task; losses (T, T, n) of `swap_losses`."""
     named = losses.argmin(0)  # (T tasks, n)
     return (named == torch.arange(len(losses)).unsqueeze(1)).double().mean().item()
+
+
+@torch.no_grad()
+def disagreement(models: list[Model], member: str, data: TaskData, per_task: int = 40, split: str = "test") -> Tensor:
+    """KL of each model's predictions from each other's on images of their task: (M, M), nats per token."""
+    tokens = data.first(split, per_task)
+    ids = torch.arange(data.n_tasks)
+    log_p = [forward(m.weights(member, ids), tokens, m.shape.d_head).log_softmax(-1) for m in models]
+    return torch.stack(
+        [torch.stack([F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean() for q in log_p]) for p in log_p]
+    )
+
+
+@torch.no_grad()
+def losses_between(model: Projectable, member: str, data: TaskData, fractions, per_task: int = 40) -> pd.DataFrame:
+    """Along the line from a task's vector to the next task's: fraction, task, own, other.
+
+    `own` is the loss of the model at that fraction of the way (nats per token) on test images of the task where the
+    line begins, `other` on those of the task where it ends. What the source is told of the task goes along.
+    """
+    tokens = data.first("test", per_task)
+    ids = torch.arange(data.n_tasks)
+    ends = torch.stack([ids, ids.roll(-1)])
+    z, rows = model.conditioning[member], []
+    for fraction in fractions:
+
+        def mix(a: Tensor, b: Tensor, f=fraction) -> Tensor:
+            return (1 - f) * a + f * b
+
+        told = [model.told(end) for end in ends]
+        told = {k: mix(told[0][k], told[1][k]) for k in told[0]}
+        weights = model.projections[member](model.source.plain_weights(), told, mix(z(ends[0]), z(ends[1])))
+        own, other = (task_losses(weights, tokens[end], model.shape.d_head) for end in ends)
+        for t in range(data.n_tasks):
+            rows.append(dict(fraction=fraction, task=data.task_names[t], own=own[t].item(), other=other[t].item()))
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def generation_cost(model: Projectable, member: str, repeats: int = 30) -> dict:
+    """What one task's small model costs to make and to use.
+
+    `maps`, `source`, `deployed`: parameters of the generators (task vectors included), of the source, of the small
+    model; `multiply_adds` to generate it; `ms`, the median time for that, and `ms_low`, `ms_high`, its quartiles.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    one = torch.arange(1)
+    with FlopCounterMode(display=False) as counter:
+        weights = model.weights(member, one)
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        model.weights(member, one)
+        times.append(1e3 * (time.perf_counter() - began))
+    low, middle, high = np.quantile(times, [0.25, 0.5, 0.75])
+    maps = [*model.conditioning[member].parameters(), *model.projections[member].parameters()]
+    sizes = dict(maps=maps, source=model.source.parameters(), deployed=weights.values())
+    counts = {name: sum(w.numel() for w in ws) for name, ws in sizes.items()}
+    return counts | dict(multiply_adds=counter.get_total_flops() // 2, ms=middle, ms_low=low, ms_high=high)
+
+
+def steps_worth(steps, losses, loss: float) -> float:
+    """The steps after which training that reaches `losses` after `steps` would reach `loss`: linear in log(steps).
+
+    Infinite where even the longest does not reach it; the shortest where already that does.
+    """
+    x, y = np.log(np.asarray(steps, float)), np.minimum.accumulate(np.asarray(losses, float))
+    if loss < y[-1]:
+        return math.inf
+    return float(np.exp(np.interp(-loss, -y, x)))
+
+
+def deviation_ratio(a, b, level: float = 0.95) -> tuple[float, float, float]:
+    """Standard deviation of a over that of b, and its interval by the F distribution."""
+    from scipy import stats
+
+    ratio = float(np.var(a, ddof=1) / np.var(b, ddof=1))
+    f = [stats.f.ppf(0.5 + sign * level / 2, len(a) - 1, len(b) - 1) for sign in (1, -1)]
+    return ratio**0.5, (ratio / f[0]) ** 0.5, (ratio / f[1]) ** 0.5
 
 
 def bits_per_pixel(nats_per_token: float, n_tokens: int, n_pixels: int) -> float:

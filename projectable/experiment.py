@@ -7,30 +7,36 @@ next call goes on from its checkpoint. A lock keeps two processes from training 
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import hashlib
-import inspect
 import json
 import os
+import re
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from . import baselines, conditioning, generators, projection, tasks, training, transformer
+from . import tasks
 from .baselines import Distilled, Model, Specialists, Universal
+from .conditioning import CONDITIONINGS
 from .config import DataConfig, RunConfig
+from .fingerprint import fingerprint
+from .parallel import Jobs, Team
 from .projection import Projectable
 from .storage import (
+    DamagedFile,
     current_commit,
     device,
     load_tensors,
@@ -38,14 +44,14 @@ from .storage import (
     read_json,
     root,
     save_tensors,
-    write_atomically,
+    write_json,
 )
-from .tasks import TaskData, make_tasks
+from .tasks import TaskData, make_tasks, text
 from .tasks.codebook import Codebook
 from .tasks.images import content_key
-from .training import split_losses, train
+from .training import Outcome, split_losses, train
 
-MODELS = ("source", "universal", "distilled", "specialists", "projectable")
+Report = Callable[[int, int, float], None]
 
 
 def runs_dir() -> Path:
@@ -56,79 +62,138 @@ def runs_dir() -> Path:
 # ------------------------------------------------------------------------------------------------ what a run is
 
 
-def _code_of(thing) -> str:
-    """The code of a module or function without comments and docstrings, as a canonical string."""
-    tree = ast.parse(inspect.getsource(thing))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[0].value.value = ""
-    return ast.dump(tree)
+def _strings(value) -> Iterator[str]:
+    """All strings in a config."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
 
 
-@cache
-def _fingerprint(part: str) -> str:
-    """A hash of all code that can change the numbers of data, or of a run."""
-    data = (tasks, tasks.codebook, tasks.images)
-    models = (transformer, generators, conditioning, projection, baselines, training, build)
-    things = data if part == "data" else data + models
-    versions = f"{np.__version__.split('.')[0]} torch {torch.__version__.split('+')[0]}"
-    return hashlib.sha256("".join(map(_code_of, things)).encode() + versions.encode()).hexdigest()
+def _content(config: DataConfig) -> str:
+    """What data depend on that may change without their config: images in a folder, texts of installed packages."""
+    return text.versions() if config.dataset == "text" else content_key(config.dataset)
+
+
+def _data_code(config: DataConfig) -> str:
+    """A hash of what makes these data beside their config: the code, and their content."""
+    return _content(config) + fingerprint([make_tasks], _strings(asdict(config)))
+
+
+def _run_code(config: RunConfig) -> str:
+    """A hash of what decides the numbers of a run beside its config: data, model, training, and those of its start."""
+    decide = [untrained, train, RunConfig.shape, RunConfig.rates, make_tasks]
+    code = _content(config.data)
+    code += fingerprint(decide, _strings(asdict(config)), dict(config.options))
+    return code + _run_code(config.start) if config.start is not None else code
 
 
 def data_for(config: DataConfig) -> TaskData:
     """The task data of a config, encoded once and kept with the runs; anew where the images in a folder changed."""
-    return _data_for(config, content_key(config.dataset))
+    return _data_for(config, _data_code(config))
 
 
 @cache
-def _data_for(config: DataConfig, content: str) -> TaskData:
-    key = hashlib.sha256((json.dumps(asdict(config)) + content + _fingerprint("data")).encode()).hexdigest()[:12]
-    path = runs_dir() / f"data-{Path(config.dataset).name}-{config.tasks}-{key}.safetensors"
+def _data_for(config: DataConfig, code: str) -> TaskData:
+    key = hashlib.sha256((json.dumps(asdict(config)) + code).encode()).hexdigest()[:12]
+    words = re.sub(r"[^\w.-]+", "-", f"{Path(config.dataset).name}-{config.tasks}")  # a folder is named by its path
+    path = runs_dir() / f"data-{words}-{key}.safetensors"
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 data = make_tasks(**asdict(config))
                 tensors = {f"{split}.{t}": x for split, xs in data.tokens.items() for t, x in enumerate(xs)}
                 book = data.codebook
-                about = dict(name=data.name, task_names=data.task_names, licence=data.licence)
+                about = dict(name=data.name, task_names=data.task_names, licence=data.licence, families=data.families)
                 about |= dict(patch=book.patch, height=book.height, width=book.width)
                 save_tensors(path, tensors | {"codes": torch.from_numpy(book.codes)}, about)
     tensors, about = load_tensors(path)
     names = tuple(about["task_names"])
     tokens = {s: [tensors[f"{s}.{t}"] for t in range(len(names))] for s in tasks.SPLITS}
-    book = Codebook(tensors["codes"].numpy(), about["patch"], about["height"], about["width"])
-    return TaskData(about["name"], names, tokens, book, about["licence"])
+    codes = tensors["codes"].numpy()
+    if config.dataset == "text":
+        book = cast(Codebook, text.Alphabet.from_codes(codes, about["width"]))
+    else:
+        book = Codebook(codes, about["patch"], about["height"], about["width"])
+    return TaskData(about["name"], names, tokens, book, about["licence"], tuple(about["families"]))
 
 
 def build(config: RunConfig, data: TaskData) -> Model:
-    """The untrained model of a config, on the CPU; its random numbers come from the config's seed."""
-    start = run(config.start).model() if config.start is not None else None
+    """The untrained model of a config, on the CPU; what it starts from is found, or trained first."""
+    return untrained(config, data, run(config.start).model() if config.start is not None else None)
+
+
+def untrained(config: RunConfig, data: TaskData, start: Model | None) -> Model:
+    """The model of a config from that of its start; its random numbers come from the config's seed."""
+    if config.model not in MODELS:
+        raise ValueError(f"unknown model {config.model!r}; allowed: {', '.join(MODELS)}")
     torch.manual_seed(config.seed)  # after the start was built, which draws from its own seed
-    options, length = dict(config.options), data.codebook.length
-    if config.model == "source":
-        source = Universal(config.shape(length), data.n_tasks, member="source", **options)
-        if start is not None:
-            source.load_state_dict(start.state_dict())
-        return source
-    if config.model == "projectable":
-        return Projectable(start, data.n_tasks, config.sizes, data.first("train", 20), seed=config.seed, **options)
-    shape = config.shape(length, *config.sizes)
-    if config.model == "universal":
-        return Universal(shape, data.n_tasks, **options)
-    if config.model == "distilled":
-        return Distilled(shape, data.n_tasks, teacher=start, **options)
-    if config.model == "specialists":
-        if start is not None:
-            with torch.no_grad():
-                start = start.weights(start.members[0], torch.arange(data.n_tasks))
-        return Specialists(shape, data.n_tasks, start)
-    raise ValueError(f"unknown model {config.model!r}; allowed: {', '.join(MODELS)}")
+    return MODELS[config.model](config, data, start, **dict(config.options))
+
+
+def _source(config: RunConfig, data: TaskData, start: Model | None, **options) -> Model:
+    source = Universal(config.shape(data.codebook.length), data.n_tasks, member="source", **options)
+    if start is not None:
+        source.load_state_dict(start.state_dict())
+    return source
+
+
+def _universal(config: RunConfig, data: TaskData, start: None, **options) -> Model:
+    return Universal(config.shape(data.codebook.length, *config.sizes), data.n_tasks, **options)
+
+
+def _distilled(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
+    return Distilled(config.shape(data.codebook.length, *config.sizes), data.n_tasks, teacher=start, **options)
+
+
+def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Model:
+    weights = None
+    if start is not None:
+        with torch.no_grad():
+            weights = start.weights(start.members[0], torch.arange(data.n_tasks))
+    return Specialists(config.shape(data.codebook.length, *config.sizes), data.n_tasks, weights)
+
+
+def _tuned(config: RunConfig, data: TaskData, start: Projectable) -> Model:
+    (size,) = config.sizes
+    with torch.no_grad():
+        weights = start.weights(f"d{size}", torch.arange(data.n_tasks))
+    return Specialists(config.shape(data.codebook.length, size), data.n_tasks, weights)
+
+
+def _projectable(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
+    kind = CONDITIONINGS.get(options.get("conditioning", "LearnedID"))
+    told = {need: TELL[need](data) for need in kind.needs} if kind is not None else None
+    tokens = data.first("train", 20)
+    return Projectable(start, data.n_tasks, config.sizes, tokens, told=told, seed=config.seed, **options)
+
+
+def _tell_vectors(data: TaskData) -> torch.Tensor:
+    """Mean image features of 50 training images of each task, as their codes show them: (n_tasks, F)."""
+    from .features import image_features
+
+    tokens = data.first("train", 50)
+    images = data.codebook.decode(tokens.flatten(0, 1).numpy())
+    return image_features(images, folder=runs_dir()).view(data.n_tasks, tokens.shape[1], -1).mean(1)
+
+
+TELL: dict[str, Callable[[TaskData], Any]] = {  # what a conditioning may need to be told of the tasks
+    "vectors": _tell_vectors,
+    "names": lambda data: data.task_names,
+    "support": lambda data: data.first("train", 16),
+    "vocab_size": lambda data: len(data.codebook.codes),
+}
+
+
+MODELS = {
+    "source": _source,
+    "universal": _universal,
+    "distilled": _distilled,
+    "specialists": _specialists,
+    "tuned": _tuned,  # specialists that start from projected models
+    "projectable": _projectable,
+}
 
 
 def operations(config: RunConfig) -> float:
@@ -167,12 +232,19 @@ class Run:
     @cached_property
     def history(self) -> list[dict]:
         """Rows of step, member, split, loss."""
-        return read_json(self.folder / "history.json")
+        return read_json(self.folder / "history.json")["rows"]
 
     def model(self) -> Model:
-        """The trained model, on the CPU."""
-        model = build(self.config, data_for(self.config.data))
-        model.load_state_dict(load_tensors(self.folder / "model.safetensors")[0])
+        """The trained model, on the CPU; what it started from need not be there (nor is a distilled one's teacher).
+
+        Raises DamagedFile where the weights are damaged or another run's.
+        """
+        path = self.folder / "model.safetensors"
+        tensors, about = load_tensors(path)
+        model = _blank(self.config, data_for(self.config.data))
+        if about.get("config") != self.config.key() or model.state_dict().keys() != tensors.keys():
+            raise DamagedFile(f"{path} holds the weights of another run: delete {self.folder} and run again")
+        model.load_state_dict(tensors)
         return model.eval()
 
     def test_losses(self) -> dict[str, Tensor]:
@@ -180,14 +252,21 @@ class Run:
         path = self.folder / "test.json"
         if not path.exists():
             losses = split_losses(self.model(), data_for(self.config.data), "test")
-            write_atomically(path, json.dumps({member: x.tolist() for member, x in losses.items()}))
+            write_json(path, {member: x.tolist() for member, x in losses.items()})
         return {member: torch.tensor(x, dtype=torch.float64) for member, x in read_json(path).items()}
+
+
+def _blank(config: RunConfig, data: TaskData) -> Model:
+    """A model of that structure to load weights into: nothing is trained for it."""
+    if config.model == "distilled":  # a universal model; only its training asked the teacher
+        options = tuple((k, v) for k, v in config.options if k != "share")
+        config = config.with_(model="universal", options=options, start=None)
+    return untrained(config, data, _blank(config.start, data) if config.start is not None else None)
 
 
 def folder_of(config: RunConfig) -> Path:
     """The run's folder."""
-    content = content_key(config.data.dataset)
-    key = hashlib.sha256((config.key() + content + _fingerprint("all")).encode()).hexdigest()[:12]
+    key = hashlib.sha256((config.key() + _run_code(config)).encode()).hexdigest()[:12]
     return runs_dir() / f"{config.model}-{key}"
 
 
@@ -196,46 +275,61 @@ def is_done(config: RunConfig) -> bool:
     return (folder_of(config) / "result.json").exists()
 
 
-def run(config: RunConfig, report=None) -> Run:
-    """The finished run of a config: trained now, or gone on with, or found. `report` as in `training.train`."""
-    folder = folder_of(config)
-    if not is_done(config):
+def run(
+    config: RunConfig, report: Report | None = None, stop: Callable[[], bool] | None = None, team: Team | None = None
+) -> Run:
+    """The finished run of a config: trained now, or gone on with, or found.
+
+    `report`, `stop` and `team` as in `training.train`. What it starts from comes first. Two processes that want the
+    same run train it once; the processes of a team read and write the same folder.
+    """
+    folder, team = folder_of(config), team or Team()
+    if not team.first(lambda: is_done(config)):
         if config.start is not None:
-            run(config.start, report=report)
-        with locked(folder.with_suffix(".lock")):
-            if not is_done(config):
-                _train(config, folder, report)
-        folder.with_suffix(".lock").unlink(missing_ok=True)
+            run(config.start, report, stop, team)
+        with locked(folder.with_suffix(".lock"), _waiting(folder)) if team.rank == 0 else nullcontext():
+            if not team.first(lambda: is_done(config)):
+                _train(config, folder, report, stop, team)
+        if team.rank == 0:
+            folder.with_suffix(".lock").unlink(missing_ok=True)
     return Run(config, folder)
 
 
-def _train(config: RunConfig, folder: Path, report) -> None:
+def _waiting(folder: Path) -> Callable[[], None]:
+    return lambda: print(f"{folder.name} is being trained by another process: waiting for it", file=sys.stderr)
+
+
+def _train(config: RunConfig, folder: Path, report: Report | None, stop: Callable[[], bool] | None, team: Team) -> None:
     data = data_for(config.data)
     model = build(config, data)
     if torch.cuda.is_available():
         model.to("cuda")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.json", json.dumps(asdict(config), indent=1))
+    team.first(lambda: write_json(folder / "config.json", asdict(config)))
     checkpoint = folder / "checkpoint.safetensors"
-    outcome = train(model, data, config, checkpoint, report)
-    save_tensors(folder / "model.safetensors", model.state_dict(), {"config": config.key()})
-    write_atomically(folder / "history.json", json.dumps(outcome.history))
-    val = {
-        row["member"]: row["loss"]
-        for row in outcome.history
-        if row["split"] == "val" and row["step"] == outcome.best_step
-    }
-    n_parameters = sum(p.numel() for p in model.parameters())
-    result = dict(val=val, best_step=outcome.best_step, seconds=outcome.seconds, n_parameters=n_parameters)
-    write_atomically(
-        folder / "result.json", json.dumps(result | dict(device=device(), commit=current_commit()), indent=1)
-    )
+    outcome = train(model, data, config, checkpoint, report, stop=stop, team=team)
+    team.first(lambda: _keep(config, folder, model, outcome, team.size))
     checkpoint.unlink(missing_ok=True)
+
+
+def _keep(config: RunConfig, folder: Path, model: Model, outcome: Outcome, processes: int) -> None:
+    """Write what a training left; the result last."""
+    save_tensors(folder / "model.safetensors", model.state_dict(), {"config": config.key()})
+    write_json(folder / "history.json", {"rows": outcome.history})
+    best = [row for row in outcome.history if row["split"] == "val" and row["step"] == outcome.best_step]
+    result = {
+        "val": {row["member"]: row["loss"] for row in best},
+        "best_step": outcome.best_step,
+        "seconds": outcome.seconds,
+        "n_parameters": sum(p.numel() for p in model.parameters()),
+        "device": f"{processes} × {device()}" if processes > 1 else device(),
+        "commit": current_commit(),
+    }
+    write_json(folder / "result.json", result)
 
 
 # ------------------------------------------------------------------------------------------------- many of them
 
-_progress = None  # a worker's queue to the process that shows the progress
+_progress: Any = None  # a worker's queue to the process that shows the progress
 
 
 def _start_worker(queue, threads: int) -> None:
@@ -248,12 +342,13 @@ def _start_worker(queue, threads: int) -> None:
 
 
 def _work(config: RunConfig, folder: Path, test: bool) -> None:
+    """One run, in a worker or a job."""
     if folder_of(config) != folder:
         raise RuntimeError(
             f"code or images were changed while this process ran: start it again (a worker would write {folder})"
         )
     if not is_done(config):
-        share = (operations(config) - (operations(config.start) if config.start else 0)) / config.steps
+        share = _own_operations(config) / config.steps
         seen = 0
 
         def report(step: int, steps: int, loss: float) -> None:
@@ -262,14 +357,26 @@ def _work(config: RunConfig, folder: Path, test: bool) -> None:
                 _progress.put(share * max(step - seen, 0) if seen else share * min(step, 20))
                 seen = step
 
-        run(config, report)
+        run(config, report if _progress is not None else None)
     if test:
         run(config).test_losses()
 
 
+def _job(config: RunConfig, folder: Path, test: bool) -> None:
+    """One run, as a job on a cluster: on one thread, as beside others here, so that its numbers are the same."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    _work(config, folder, test)
+
+
 @cache
-def _pool(runs: Path):
-    """The workers for that folder of runs, kept between calls: importing torch takes longer than a small run."""
+def _pool(runs: Path, executor: str = ""):
+    """The workers for that folder of runs, kept between calls: importing torch takes longer than a small run.
+
+    And a queue of the operations that they have done.
+    """
+    if executor:
+        return Jobs(executor, runs / "jobs", workers()), SimpleQueue()
     context = get_context("spawn")
     queue = context.Queue()
     threads = 1 if workers() > 1 else torch.get_num_threads()
@@ -281,41 +388,56 @@ def workers() -> int:
     return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)))
 
 
-def run_many(configs: list[RunConfig], words: str = "training", test: bool = False) -> list[Run]:
+def _own_operations(config: RunConfig) -> float:
+    """Multiply-adds of a run's training without its start."""
+    return operations(config) - (operations(config.start) if config.start else 0.0)
+
+
+def run_many(
+    configs: list[RunConfig], words: str = "training", test: bool = False, executor: str | None = None
+) -> list[Run]:
     """The finished runs of all configs, in order; what is missing is trained side by side, with a line of progress.
 
-    `test=True` also evaluates them on test images. Raises the first error, after the others have been saved.
+    `test=True` also evaluates them on test images. `executor` says where: by workers of this process (""), or as jobs
+    of submitit, `local` or `slurm`; by default as PROJECTABLE_EXECUTOR says. Raises the first error, after the others
+    have been saved; ValueError for an unknown executor.
     """
     from tqdm import tqdm
 
+    executor = os.environ.get("PROJECTABLE_EXECUTOR", "") if executor is None else executor
     todo = {folder_of(c): c for c in configs if not is_done(c) or test and not (folder_of(c) / "test.json").exists()}
     if not todo:
         return [Run(c, folder_of(c)) for c in configs]
     parents = [c.start for c in todo.values() if c.start is not None and not is_done(c.start)]
     if parents:
-        run_many(list({folder_of(c): c for c in parents}.values()), f"{words}: what these start from")
+        unique = list({folder_of(c): c for c in parents}.values())
+        run_many(unique, f"{words}: what these start from", executor=executor)
     for data in {c.data for c in todo.values()}:
         data_for(data)
     order = sorted(todo.values(), key=operations, reverse=True)  # long ones first: the cores end together
-
-    def rest(c: RunConfig) -> float:
-        return 0.0 if is_done(c) else operations(c) - (operations(c.start) if c.start else 0.0)
-
-    total = sum(map(rest, order))
+    rest = {folder_of(c): 0.0 if is_done(c) else _own_operations(c) for c in order}
+    total = sum(rest.values())
     bar = tqdm(total=total / 1e9, unit="GMAC", desc=f"{words}, {len(order)} runs", mininterval=5, bar_format=BAR)
-    pool, queue = _pool(runs_dir())
-    waiting = {pool.submit(_work, c, folder_of(c), test) for c in order}
+    pool, queue = _pool(runs_dir(), executor)
+    waiting = {pool.submit(_job if executor else _work, c, folder_of(c), test): folder_of(c) for c in order}
     errors = []
     try:
         while waiting:
-            done, waiting = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
+            done, _ = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
+            for future in done:
+                folder, error = waiting.pop(future), future.exception()
+                errors += [error] if error is not None else []
+                if executor:  # a job does not say how far it is
+                    queue.put(rest[folder])
             while not queue.empty():
                 bar.update(min(queue.get() / 1e9, bar.total - bar.n))
-            errors += [future.exception() for future in done if future.exception() is not None]
     except KeyboardInterrupt:  # the workers go at once; what they had is in their checkpoints
         _pool.cache_clear()
-        for process in list(pool._processes.values()):
-            process.terminate()
+        if executor:
+            pool.cancel()
+        else:
+            for process in list(pool._processes.values()):
+                process.terminate()
         raise
     bar.update(bar.total - bar.n)
     bar.close()

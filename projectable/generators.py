@@ -116,8 +116,6 @@ class Linear(Generator):
 class LowRank(Generator):
     """P₀ + U diag(A z) Vᵀ, at most r columns in U and V. A starts at zero."""
 
-    rates = {"gate": 0.4}
-
     def __init__(self, base: Tensor, z_dim: int, rank: int = 4):
         super().__init__(base, z_dim)
         stack, m, n = base.shape
@@ -162,8 +160,6 @@ class Kronecker(Generator):
 
     B_k is (m₂, n₂), the largest divisors of m and n up to their roots: 1 for a prime, and A_k as large as the map.
     """
-
-    rates = {"coefficients": 0.4}
 
     def __init__(self, base: Tensor, z_dim: int, terms: int = 4):
         super().__init__(base, z_dim)

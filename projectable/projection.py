@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .baselines import Model, Universal, modulated
-from .conditioning import LearnedID
+from .conditioning import make_conditioning
 from .generators import make_generator
 from .transformer import Shape, Weights, hidden
 
@@ -201,8 +201,10 @@ def _map_pair(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Projectable(Model):
-    """A source and its projections of several sizes, with learned task IDs: the paper's model.
+    """A source and its projections of several sizes: the paper's model.
 
+    `conditioning` makes the task vectors (learned IDs by default) from what it is `told` of the tasks, `family` the
+    maps; further options go to the family.
     `source_mode` says what becomes of the source: `trained` (keeps its own objective), `frozen`, or the controls
     `random_trained` and `random_frozen` (inner weights redrawn at matched scale; embeddings, positions and head
     kept; no objective of its own). `use_task_embedding=False` hides the source's c(t) from the small models.
@@ -216,6 +218,7 @@ class Projectable(Model):
         tokens: Tensor,
         family: str = "Linear",
         z_dim: int = 8,
+        conditioning: str = "LearnedID",
         layout: str = "shared",
         p0: str = "pca",
         n_layers: int | None = None,
@@ -223,6 +226,7 @@ class Projectable(Model):
         use_task_embedding: bool = True,
         source_weight: float = 1.0,
         seed: int = 0,
+        told: dict | None = None,
         **options,
     ):
         super().__init__()
@@ -246,7 +250,7 @@ class Projectable(Model):
                 small_shape(self.shape, size, n_layers),
                 base_maps(weights, tokens, self.shape, size, p0, seed),
             )
-            self.conditioning[f"d{size}"] = LearnedID(n_tasks, z_dim)
+            self.conditioning[f"d{size}"] = make_conditioning(conditioning, n_tasks, z_dim, **(told or {}))
             self.projections[f"d{size}"] = Projection(self.shape, small, bases, z_dim, family, layout, **options)
 
     def told(self, task_ids: Tensor) -> Weights:
@@ -272,13 +276,19 @@ class Projectable(Model):
     def rate_factor(self, name: str) -> float:
         """Relative rates that bring the best rates of all parts and sizes together, found on validation images.
 
-        Maps learn in proportion to 1/fan-in: those of neurons 4 times slower than the stream's. Directions B_k add up
-        over the dimensions of z: slower than P₀. Gains and shifts are vectors: faster.
+        Maps learn in proportion to 1/fan-in: those of neurons 4 times slower than the stream's. Gains and shifts are
+        vectors: faster. What a family adds to P₀ has factors of its own (`Generator.rates`).
         """
-        factor = 4.0 if ".modulation." in name else 1.0
-        if ".neurons." in name:
-            factor *= self.shape.d_model / self.shape.d_mlp
-        return factor * 0.4 if name.endswith(".directions") else factor
+        part, _, rest = name.partition(".")
+        if part == "source":
+            return 1.0
+        if part == "conditioning":
+            member, parameter = rest.split(".", 1)
+            return self.conditioning[member].rate_factor(parameter)
+        member, kind, parameter = rest.split(".", 2)
+        generator = getattr(self.projections[member], kind)
+        factor = {"modulation": 4.0, "neurons": self.shape.d_model / self.shape.d_mlp}.get(kind, 1.0)
+        return factor * generator.rate_factor(parameter)
 
 
 @torch.no_grad()

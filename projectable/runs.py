@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from .config import DataConfig, RunConfig
-from .experiment import MODELS, Run, folder_of, is_done, runs_dir
+from .experiment import MODELS, Run, folder_of, runs_dir
 from .storage import read_json
 
 AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
@@ -30,6 +30,8 @@ def read_config(path: str | Path) -> RunConfig:
         raise ConfigError(f"{path} does not exist; allowed: a config as JSON, as config.json in every run") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no JSON ({error})") from None
+    if isinstance(found, dict) and "sha256" in found:  # a run's own: what it says has to be what was trained
+        found = read_json(path)
     return config_from(found, str(path))
 
 
@@ -108,14 +110,10 @@ def find_run(name: str | Path) -> Run:
 
 
 def check_current(run: Run) -> Run:
-    """The run itself. Raises ConfigError where this code would train it, or what it starts from, otherwise."""
-    again = f"`projectable train {run.folder / 'config.json'}` trains it anew"
+    """The run itself. Raises ConfigError where this code would train it otherwise."""
     if folder_of(run.config).name != run.folder.name:
-        commit = run.result.get("commit")
+        commit, again = run.result.get("commit"), f"`projectable train {run.folder / 'config.json'}` trains it anew"
         raise ConfigError(f"{run.folder} was trained by other code, at commit {commit}: {again}, or use that commit")
-    for start in chain(run.config)[:-1]:
-        if not is_done(start):
-            raise ConfigError(f"{run.folder} starts from {folder_of(start)}, which is not there: {again}")
     return run
 
 

@@ -52,7 +52,10 @@ def draft_of(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode  # the umask's: safetensors would leave files that only their owner reads
         yield draft
+        draft.chmod(mode)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -98,12 +101,25 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, json.loads(words)
 
 
+def checksum(value: dict) -> str:
+    """SHA-256 of what a JSON object says, however it is laid out."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON object with its checksum in the field `sha256`, atomically."""
+    write_atomically(path, json.dumps(value | {"sha256": checksum(value)}, indent=1) + "\n")
+
+
 def read_json(path: Path) -> dict:
-    """A JSON file of ours; raises DamagedFile where it is none."""
+    """What `write_json` wrote; raises DamagedFile where it says anything else."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} is damaged ({error}): delete it and run again") from None
+    if not isinstance(value, dict) or value.pop("sha256", None) != checksum(value):
+        raise DamagedFile(f"{path} is damaged (its checksum differs): delete it and run again")
+    return value
 
 
 @contextlib.contextmanager

@@ -6,11 +6,14 @@
   exactly as if they were alone.
 - The order of data is a pure function of the seed (`TaskData.draw`), the schedule one of the step; a checkpoint
   holds everything else. A run killed anywhere and resumed ends bitwise where an unbroken one does (CPU, same threads).
-- The best step on validation images is kept (`patience` evaluations without a better one end the run early).
+- The best step on validation images is kept, one for all members: that of the lowest mean over members, each of them a
+  mean over the tasks that have validation images (`patience` evaluations without a better one end the run early).
+- Several processes may share a training (`parallel`): each has its share of every step's tasks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import time
@@ -24,12 +27,13 @@ from torch import Tensor
 
 from .baselines import Model
 from .config import RunConfig
-from .storage import load_tensors, save_tensors
+from .parallel import Team
+from .storage import DamagedFile, load_tensors, save_tensors
 from .tasks import TaskData
 
 
 class DivergedError(RuntimeError):
-    """The loss is not a number; the message says at which step and what to try."""
+    """Loss, gradient or weights are not finite; the message says at which step and what to try."""
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -57,16 +61,32 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """What the forward pass runs under. Raises ValueError for bfloat16 where it is known not to pay."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"precision={precision!r} is slower than float32 on this device ({device}); allowed: float32")
+    return torch.autocast(device.type, torch.bfloat16)
+
+
 @torch.no_grad()
-def split_losses(model: Model, data: TaskData, split: str, per_task: int | None = None, block: int = 20):
-    """Nats per token of every member on every task: {member: (n_tasks,)}, over the first `per_task` images of each."""
+def split_losses(
+    model: Model, data: TaskData, split: str, per_task: int | None = None, block: int = 20, team: Team | None = None
+) -> dict[str, Tensor]:
+    """Nats per token of every member on every task: {member: (n_tasks,)}, over the first `per_task` images of each.
+
+    float64, on the CPU; NaN for a task that has no images in that split.
+    """
+    team = team or Team()
     sums = {member: torch.zeros(data.n_tasks, dtype=torch.float64) for member in model.members}
     counts = torch.zeros(data.n_tasks, dtype=torch.float64)
     device = next(model.parameters()).device
     per_task = per_task or max(len(t) for t in data.tokens[split])
     at_once = max(1, 400 // (block * data.n_tasks)) * data.n_tasks if data.n_tasks > 20 else data.n_tasks
-    for first in range(0, data.n_tasks, at_once):
-        ids = range(first, min(first + at_once, data.n_tasks))
+    mine = range(data.n_tasks)[team.share(data.n_tasks)]
+    for first in range(0, len(mine), at_once):
+        ids = mine[first : first + at_once]
         for start in range(0, per_task, block):
             rows = [data.tokens[split][t][start : min(start + block, per_task)] for t in ids]
             for size in sorted({len(r) for r in rows} - {0}):  # tasks with as many images left go together
@@ -76,7 +96,7 @@ def split_losses(model: Model, data: TaskData, split: str, per_task: int | None 
                 counts[group] += size
                 for member, values in losses.items():
                     sums[member][group] += values.double().cpu() * size
-    return {member: total / counts for member, total in sums.items()}
+    return {member: team.sum(total) / team.sum(counts) for member, total in sums.items()}
 
 
 class _Best:
@@ -115,9 +135,9 @@ def _unpack(tensors: dict[str, Tensor], model: Model, optimizer, best: _Best) ->
     torch.set_rng_state(tensors["rng"])
 
 
-def _diverged(loss: float, step: int, config: RunConfig) -> DivergedError:
+def _diverged(what: str, step: int, config: RunConfig) -> DivergedError:
     return DivergedError(
-        f"the loss is {loss} at step {step} of {config.steps}; the last good checkpoint is kept. "
+        f"{what} at step {step} of {config.steps}; the last good checkpoint is kept. "
         f"Try lower learning rates than {config.rates()}, or a longer warm-up than {config.warmup} steps"
     )
 
@@ -138,73 +158,99 @@ def train(
     checkpoint: Path | None = None,
     report: Callable[[int, int, float], None] | None = None,
     stop_after: int | None = None,
+    stop: Callable[[], bool] | None = None,
+    team: Team | None = None,
 ) -> Outcome:
     """Train in place; the model ends as it was at its best step.
 
     The history has one row an evaluation and member: step, member, split (train, val), loss in nats per token.
     `checkpoint` is written every `config.checkpoint_every` steps and resumed from if it is there; `report(step,
-    steps, loss)` is called every step; `stop_after` ends early with a checkpoint, as an interruption would.
+    steps, loss)` is called every step; `stop_after` ends early with a checkpoint, as an interruption would; `stop()` is
+    asked after every step, and where it says yes a checkpoint is written and KeyboardInterrupt raised. Of a `team` only
+    the first process writes and reports.
 
-    Raises DivergedError where the loss is no number, DamagedFile where the checkpoint is damaged.
+    Raises DivergedError where loss, gradient or weights are not finite, before anything of it is saved; DamagedFile
+    where the checkpoint is damaged or another run's; ValueError where there is nothing to choose the best step by.
     """
     keep_freed_memory()
+    team = team or Team()
     rates = config.rates()
     optimizer = make_optimizer(model, rates, config.weight_decay)
     device = next(model.parameters()).device
     task_ids, index = data.draw(config.steps, config.tasks_per_step, config.images_per_task, config.seed)
+    n_tasks = task_ids.shape[1]
+    if team.size > n_tasks:
+        raise ValueError(f"{team.size} processes for {n_tasks} tasks a step; allowed: 1 to {n_tasks}")
+    has_val = torch.tensor([len(tokens) > 0 for tokens in data.tokens["val"]])
+    if not has_val.any():
+        raise ValueError(f"{data.name} has no validation images: the best step is chosen by them; hold some back")
     weight = {member: getattr(model, "source_weight", 1.0) if member == "source" else 1.0 for member in model.members}
     best, history, step, seconds = _Best(), [], 0, 0.0
     running: dict[str, list[float]] = {member: [] for member in model.members}
     if checkpoint is not None and checkpoint.exists():
         tensors, about = load_tensors(checkpoint)
+        if about.get("config") != config.key():
+            raise DamagedFile(f"{checkpoint} is the checkpoint of another run: delete it and run again")
         _unpack(tensors, model, optimizer, best)
         step, history, running, seconds = about["step"], about["history"], about["running"], about["seconds"]
         best.loss, best.step, best.bad = about["best"]
     groups = list(model.groups().values())
+    losses_of, mine = team.losses(model), team.share(n_tasks)
     began = time.perf_counter() - seconds
 
     def save() -> None:
-        about = dict(step=step, history=history, running=running, seconds=time.perf_counter() - began)
-        save_tensors(checkpoint, _pack(model, optimizer, best), about | {"best": [best.loss, best.step, best.bad]})
+        if checkpoint is None or team.rank > 0:
+            return
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise _diverged("some weights are not finite", step, config)
+        about = dict(config=config.key(), step=step, history=history, running=running)
+        about |= dict(seconds=time.perf_counter() - began, best=[best.loss, best.step, best.bad])
+        save_tensors(checkpoint, _pack(model, optimizer, best), about)
 
     while step < config.steps:
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step, config.steps, config.warmup)
-        ids = task_ids[step]
-        tokens = data.batch(ids, index[step]).to(device)  # (T', B, N)
-        losses = model.losses(ids.to(device), tokens)
-        total = sum(weight[member] * loss.mean() for member, loss in losses.items())
-        value = total.item()
+        ids = task_ids[step, mine]
+        tokens = data.batch(ids, index[step, mine]).to(device)  # (T', B, N)
+        with autocast(device, config.precision):
+            losses = losses_of(ids.to(device), tokens)
+        means = {member: loss.sum() / n_tasks for member, loss in losses.items()}  # this process's part of them
+        total = sum(weight[member] * mean for member, mean in means.items())
+        found = dict(zip(means, team.sum(torch.stack([*means.values()]).detach()).tolist(), strict=True))
+        value = sum(weight[member] * mean for member, mean in found.items())
         if not math.isfinite(value):
-            raise _diverged(value, step + 1, config)
+            raise _diverged(f"the loss is {value}", step + 1, config)
         optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        for parameters in groups:
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        (total * team.size).backward()  # a team's gradients are averaged
+        norms = torch.stack([torch.nn.utils.clip_grad_norm_(parameters, config.clip) for parameters in groups])
+        if not norms.isfinite().all():
+            raise _diverged("the gradient is not finite", step + 1, config)
         optimizer.step()
         step += 1
-        for member, loss in losses.items():
-            running[member].append(loss.mean().item())
-        if report is not None:
+        for member, mean in found.items():
+            running[member].append(mean)
+        if report is not None and team.rank == 0:
             report(step, config.steps, value)
         if step % config.eval_every == 0 or step == config.steps:
-            val = split_losses(model, data, "val", config.val_images)
+            losses = split_losses(model, data, "val", config.val_images, team=team)
+            val = {member: loss[has_val].mean().item() for member, loss in losses.items()}
             for member in model.members:
                 mean = sum(running[member]) / len(running[member])
                 history.append(dict(step=step, member=member, split="train", loss=mean))
-                history.append(dict(step=step, member=member, split="val", loss=val[member].mean().item()))
+                history.append(dict(step=step, member=member, split="val", loss=val[member]))
                 running[member].clear()
-            mean = sum(v.mean().item() for v in val.values()) / len(val)
+            mean = sum(val.values()) / len(val)
             if not math.isfinite(mean):
-                raise _diverged(mean, step, config)
+                raise _diverged(f"the validation loss is {mean}", step, config)
             best.see(mean, step, model)
             if config.patience and best.bad >= config.patience:
                 break
-        if checkpoint is not None and (
-            step % config.checkpoint_every == 0 and step < config.steps or step == stop_after
-        ):
+        if step == stop_after or step % config.checkpoint_every == 0 and step < config.steps:
             save()
         if step == stop_after:
             return Outcome(history, best.step, time.perf_counter() - began)
+        if stop is not None and step < config.steps and team.sum(torch.tensor(float(stop()))) > 0:
+            save()
+            raise KeyboardInterrupt
     model.load_state_dict(best.state)
     return Outcome(history, best.step, time.perf_counter() - began)

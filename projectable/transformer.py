@@ -256,6 +256,14 @@ def task_losses(weights: Weights, tokens: Tensor, d_head: int = 8) -> Tensor:
     """Mean cross-entropy of each task's tokens (T, B, N), in nats per token: (T,)."""
     h = hidden(weights, tokens, d_head)  # (T, B·N, d)
     head, bias = weights["head"], weights.get("head_bias")
+    if torch.is_autocast_enabled(h.device.type):  # the loss itself stays in float32
+        with torch.autocast(h.device.type, enabled=False):
+            return _losses(h.float(), head.float(), None if bias is None else bias.float(), tokens)
+    return _losses(h, head, bias, tokens)
+
+
+def _losses(h: Tensor, head: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
+    """`task_losses` from the last state of the stream, h (T, B·N, d)."""
     if torch.is_grad_enabled() and (bias is None or head.dim() == 3 and bias.dim() == 2):
         targets = tokens.reshape(tokens.shape[0], -1)
         if bias is not None:  # one more row, which reads a one

@@ -1,7 +1,8 @@
 """Runs are trained once, by whoever comes first; their folders follow what decides their numbers; many side by side."""
 
-import importlib.util
+import linecache
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,9 +14,10 @@ import pytest
 import torch
 from conftest import DIGITS, tiny, tiny_projectable, tiny_source
 
-from projectable import experiment
+from projectable import experiment, fingerprint, generators, transformer
+from projectable.config import DataConfig
 from projectable.experiment import Run, build, data_for, folder_of, is_done, operations, run, run_many, runs_dir
-from projectable.storage import root
+from projectable.storage import DamagedFile, root
 from projectable.training import split_losses
 
 
@@ -63,6 +65,30 @@ def test_what_a_run_starts_from_is_trained_first(other_runs):
     source = Run(config.start, folder_of(config.start)).model()
     assert finished.model().source.shape == source.shape
     assert len(list(other_runs.glob("*/result.json"))) == 2
+
+
+@pytest.mark.parametrize("mode", ["trained", "frozen", "random_frozen"])
+def test_a_finished_model_is_loaded_without_what_it_started_from(source, other_runs, mode, monkeypatch):
+    configs = [
+        tiny_projectable(options={"source_mode": mode}, steps=2),
+        tiny(model="distilled", start=tiny_source(), options=(("conditioning", "film"), ("share", 0.3)), steps=2),
+        tiny(model="specialists", start=tiny(steps=2), steps=2),
+    ]
+    finished = [run(config) for config in configs]
+    before = [r.test_losses() for r in finished]
+    for folder in {folder_of(config.start) for config in configs}:
+        shutil.rmtree(folder)
+    monkeypatch.setattr(experiment, "train", lambda *_, **__: pytest.fail("trained in silence"))
+    for r, losses in zip(finished, before, strict=True):
+        (r.folder / "test.json").unlink()
+        assert all(torch.equal(x, losses[member]) for member, x in r.test_losses().items())
+
+
+def test_weights_of_another_run_are_refused(other_runs):
+    one, two = run(tiny(steps=2)), run(tiny(steps=2, seed=1))
+    shutil.copy(two.folder / "model.safetensors", one.folder)
+    with pytest.raises(DamagedFile, match=r"model\.safetensors holds the weights of another run: delete"):
+        one.model()
 
 
 def test_test_losses_are_computed_once(other_runs, digits, monkeypatch):
@@ -130,36 +156,135 @@ def test_the_folder_follows_everything_that_decides_the_numbers():
     assert folder_of(tiny()) == folder_of(tiny(steps=40))
 
 
-def test_the_folder_follows_the_code(monkeypatch):
-    before = folder_of(tiny())
-    monkeypatch.setattr(experiment, "_fingerprint", lambda part: "other code")
-    assert folder_of(tiny()) != before
+@pytest.fixture
+def edit(monkeypatch):
+    """edit(old, new, …): the keys of runs, and of data, as if the code of the package said so."""
+    source_of = fingerprint.source_of
+
+    def keys(*changes: str) -> dict[str, str]:
+        def edited(module):
+            source = source_of(module)
+            for old, new in zip(changes[::2], changes[1::2], strict=True):
+                source = source.replace(old, new)
+            return source
+
+        for old in changes[::2]:
+            assert any(old in source_of(m) for m in sys.modules if m.startswith("projectable.")), old
+        monkeypatch.setattr(fingerprint, "source_of", edited)
+        fingerprint._read.cache_clear()
+        fingerprint._known.clear()
+        names = {name: folder_of(config).name for name, config in KEYED.items()}
+        datasets = {"data": DIGITS, "fashion": DataConfig(), "glyphs": DataConfig("glyphs")}
+        return names | {name: experiment._data_code(data) for name, data in datasets.items()}
+
+    yield keys
+    fingerprint._read.cache_clear()
+    fingerprint._known.clear()
 
 
-CODE = '''"""Docstring."""
-def double(x):
-    """Twice x."""
-    return 2 * x  # comment
-class A:
-    """More words."""
-    size = 3
-'''
+KEYED = {
+    "source": tiny_source(),
+    "universal": tiny(),
+    "specialists": tiny(model="specialists"),
+    "tuned": tiny(model="specialists", start=tiny()),
+    "distilled": tiny(model="distilled", start=tiny_source()),
+    "linear": tiny_projectable(options={"family": "Linear"}),
+    "by default": tiny_projectable(),
+    "low rank": tiny_projectable(options={"family": "LowRank", "rank": 2}),
+    "from low rank": tiny(model="specialists", start=tiny_projectable(options={"family": "LowRank"})),
+}
+LOW_RANK, SPECIALISTS = {"low rank", "from low rank"}, {"specialists", "tuned", "from low rank"}
+RUNS, PROJECTED, ALL = set(KEYED), {"linear", "by default", *LOW_RANK}, {*KEYED, "data", "fashion", "glyphs"}
 
 
-def test_code_counts_comments_and_docstrings_do_not(tmp_path):
-    def fingerprint(code):
-        path = tmp_path / f"module{len(list(tmp_path.iterdir()))}.py"
-        path.write_text(code)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return experiment._code_of(module)
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ("self.left * gate", "self.left * (2 * gate)", LOW_RANK),
+        ("torch.addmm(self.base", "torch.addmm(2 * self.base", PROJECTED),  # for their gains, too
+        ("class Kronecker(Generator):", "class Kronecker(Generator):\n    other = 1", set()),
+        ("def load_folder(", "def load_folder(a, ", set()),
+        ("def make_glyphs(", "def make_glyphs(a, ", {"glyphs"}),
+        ("self.base = nn.Parameter(base.clone", "self.base = nn.Parameter(2 * base.clone", PROJECTED),
+        ("torch.randn(n_tasks, z_dim)", "torch.zeros(n_tasks, z_dim)", PROJECTED),
+        ("return x.reshape(n, rows * cols", "return -x.reshape(n, rows * cols", ALL),
+        ("self.read_scale = math", "self.read_scale = 2 * math", PROJECTED),
+        ("(1 - self.share)", "(2 - self.share)", {"distilled"}),
+        ("w = w.unsqueeze(0).repeat", "w = 2 * w.unsqueeze(0).repeat", SPECIALISTS),
+        ("start.weights(start.members[0]", "start.weights(start.members[-1]", SPECIALISTS),
+        ("w[name] = scale[:, rows]", "w[name] = 2 * scale[:, rows]", RUNS),
+        ("betas=(0.9, 0.95)", "betas=(0.9, 0.99)", RUNS),
+        ("return rates | {", "return {} | rates | {", RUNS),
+        ("np.arange(len(x)) % 5 == 4", "np.arange(len(x)) % 5 == 3", RUNS | {"data"}),  # digits only
+        ("found = hashlib.sha256(content)", "found = hashlib.sha512(content)", {"fashion"}),
+        ("def save_tensors(", "def store(", set()),  # files carry numbers, they do not make them
+    ],
+)
+def test_a_run_follows_the_code_that_it_uses_and_no_other(edit, old, new, changed):
+    before, after = edit(), edit(old, new)
+    assert {name for name in before if before[name] != after[name]} == changed
 
-    before = fingerprint(CODE)
-    same = CODE.replace("Docstring.", "Other.").replace("Twice x.", "Doubled.").replace("# comment", "")
-    assert fingerprint(same.replace("More words.", "Fewer.").replace("2 * x", "2*x")) == before
-    for old, new in (("2 * x", "3 * x"), ("size = 3", "size = 4"), ("return 2", "return -2")):
-        assert fingerprint(CODE.replace(old, new)) != before
+
+def test_a_new_family_changes_no_key(edit):
+    new = "@family\nclass Fresh(Generator):\n    pass\n\n\n@family\nclass Slice(Generator)"
+    assert edit("@family\nclass Slice(Generator)", new) == edit()
+
+
+CELL = """
+class Fresh(Static):
+    def forward(self, z):
+        return FACTOR * super().forward(z)
+"""
+
+
+def test_a_family_of_a_notebook_counts_as_it_is_now(monkeypatch):
+    def keys(factor):
+        name = f"<cell {factor}>"
+        code = CELL.replace("FACTOR", str(factor))
+        monkeypatch.setitem(linecache.cache, name, (len(code), None, code.splitlines(True), name))
+        space = {"__name__": "notebook", "Static": generators.Static}
+        exec(compile(code, name, "exec"), space)
+        monkeypatch.setitem(generators.FAMILIES, "Fresh", space["Fresh"])
+        return [folder_of(tiny_projectable(options={"family": family})) for family in ("Fresh", "Static")]
+
+    first, second = keys(2), keys(3)
+    assert first[0] != second[0] and first[1] == second[1]
+
+
+def test_a_constant_counts_with_its_value(edit, monkeypatch):
+    before = edit()
+    monkeypatch.setattr(transformer, "EPS", 1e-5)
+    after = edit()
+    assert {name for name in before if before[name] != after[name]} == RUNS
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "counts"),
+    [
+        ("numpy", "9.0.0", True),
+        ("numpy", "2.99.9", False),
+        ("torch", "2.99.0", True),
+        ("scikit-learn", "1.99.0", True),
+        ("pandas", "9.0.0", False),
+    ],
+)
+def test_versions_count_as_far_as_they_can_change_numbers(edit, monkeypatch, name, other, counts):
+    before, version = edit(), fingerprint.version
+    monkeypatch.setattr(fingerprint, "version", lambda n: other if n == name else version(n))
+    after = edit()
+    assert all((before[key] != after[key]) == counts for key in before)
+
+
+def test_words_about_the_code_do_not_count(edit):
+    before = edit()
+    for changes in (
+        ('"""P₀ + Σ_k z_k B_k: the plain reading', '"""The plain reading'),
+        ("  # the loss itself stays in float32", ""),
+        ("def schedule(step: int, steps: int, warmup: int) -> float:", "def schedule(step, steps, warmup):"),
+        ("z_dim: int, rank: int = 4", "z_dim: int, rank: int | None = 4"),
+        ("z @ self.gate).view", "z@self.gate).view"),
+    ):
+        assert edit(*changes) == before, changes
 
 
 def test_operations_by_hand(source):

@@ -200,10 +200,10 @@ class TestOrthonormal:
                 generator.base.mul_(scale)
             torch.testing.assert_close(generator(torch.zeros(1, K)), before, rtol=1e-5, atol=1e-5)
 
-    def test_rates_are_those_of_the_inner_family(self):
-        generator = make_generator("Orthonormal", orthonormal(2, 6, 5), K, inner="Kronecker", terms=3)
-        assert generator.rate_factor("inner.coefficients") == Kronecker.rates["coefficients"]
-        assert generator.inner.blocks.shape[1] == 3
+    def test_options_and_rates_are_those_of_the_inner_family(self):
+        generator = make_generator("Orthonormal", orthonormal(2, 6, 5), K, inner="LowRankMLP", hidden=3)
+        assert generator.rate_factor("inner.left") == LowRankMLP.rates["left"] != 1
+        assert generator.inner.left.shape[0] == 3
 
     @pytest.mark.parametrize("base", [torch.zeros(1, 4, 2), torch.eye(4)[:2].unsqueeze(0), 2 * torch.eye(3)[None]])
     def test_only_from_orthonormal_columns(self, base):

@@ -1,6 +1,5 @@
 """Files are whole or refused: damage is never read as data, an interrupted write leaves the old content."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,16 @@ import pytest
 import torch
 
 from projectable import storage
-from projectable.storage import DamagedFile, load_tensors, locked, read_json, root, save_tensors, write_atomically
+from projectable.storage import (
+    DamagedFile,
+    load_tensors,
+    locked,
+    read_json,
+    root,
+    save_tensors,
+    write_atomically,
+    write_json,
+)
 
 TENSORS = {
     "weights": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
@@ -158,13 +166,41 @@ def test_a_reader_sees_the_old_content_or_the_new(tmp_path):
     assert seen == texts
 
 
-def test_json_that_is_none_is_refused(tmp_path):
-    path = tmp_path / "result.json"
-    write_atomically(path, json.dumps({"val": 1.5}))
-    assert read_json(path) == {"val": 1.5}
-    path.write_bytes(path.read_bytes()[:5])
+RESULT = {"val": {"d8": 1.5, "größe": 2.25e-3}, "step": 40, "rows": [None, True, [1, 2]]}
+
+
+def test_a_changed_byte_of_json_is_never_read_as_another_number(tmp_path):
+    path, rng = tmp_path / "result.json", np.random.default_rng(0)
+    write_json(path, RESULT)
+    assert read_json(path) == RESULT
+    content, refused = path.read_bytes(), 0
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(changed)
+        try:
+            assert read_json(path) == RESULT, bytes(changed)  # a blank may turn into another blank
+        except DamagedFile as error:
+            assert str(path) in str(error) and "delete it and run again" in str(error)
+            refused += 1
+    assert refused > 0.9 * len(content)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"1", b"{}", b'{"val": 1.5}', b"[" * 100_000, b"\xff"])
+def test_json_of_somebody_else_is_refused(tmp_path, content):
+    (tmp_path / "result.json").write_bytes(content)
     with pytest.raises(DamagedFile, match=r"result\.json is damaged"):
-        read_json(path)
+        read_json(tmp_path / "result.json")
+
+
+def test_files_have_the_mode_that_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "a", TENSORS, ABOUT)
+        write_json(tmp_path / "b", RESULT)
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o640, 0o640]
 
 
 def test_a_lock_is_waited_for_and_freed_by_a_killed_process(tmp_path):

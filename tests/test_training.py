@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -238,6 +239,38 @@ def test_a_damaged_checkpoint_is_named(digits, tmp_path, kept):
         trained(tiny(), digits, checkpoint=checkpoint)
 
 
+def test_the_checkpoint_of_another_run_is_refused(digits, tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    trained(tiny(), digits, checkpoint=checkpoint, stop_after=10)
+    with pytest.raises(DamagedFile, match=re.escape(f"{checkpoint} is the checkpoint of another run: delete it")):
+        trained(tiny(seed=1), digits, checkpoint=checkpoint)
+
+
+def test_asked_to_stop_it_does_so_within_a_step_and_loses_nothing(digits, tmp_path):
+    checkpoint, seen, config = tmp_path / "checkpoint.safetensors", [], tiny()
+
+    def report(step, steps, loss):
+        seen.append(step)
+
+    for stop in (7, 20, 33):  # 20 is a step with an evaluation
+        with pytest.raises(KeyboardInterrupt):
+            trained(config, digits, checkpoint=checkpoint, report=report, stop=lambda stop=stop: seen[-1] == stop)
+        assert load_tensors(checkpoint)[1]["step"] == stop
+    resumed, outcome = trained(config, digits, checkpoint=checkpoint, report=report, stop=lambda: seen[-1] == 40)
+    unbroken, expected = trained(config, digits)
+    assert seen == list(range(1, 41)) and same(resumed, unbroken) and outcome.history == expected.history
+
+
+# ------------------------------------------------------------------------------------------------------- precision
+
+
+def test_bfloat16_is_refused_where_it_does_not_pay(digits):
+    with pytest.raises(ValueError, match=r"precision='bfloat16' is slower than float32 on this device \(cpu\)"):
+        trained(tiny(precision="bfloat16"), digits)
+    with pytest.raises(ValueError, match="unknown precision 'float16'; allowed: float32, bfloat16"):
+        tiny(precision="float16")
+
+
 # ------------------------------------------------------------------------------------------------------- diverged
 
 
@@ -257,6 +290,49 @@ def test_a_diverged_run_names_the_step_and_keeps_the_last_good_checkpoint(digits
     assert all(torch.isfinite(t).all() for name, t in tensors.items() if name.startswith("model."))
     resumed, _ = trained(config, digits, checkpoint=checkpoint)  # a better hand can go on from there
     assert same(resumed, trained(config, digits)[0])
+
+
+@pytest.mark.parametrize("where", ["the gradient", "some weights"])
+def test_what_an_update_would_break_is_never_saved(digits, tmp_path, where, monkeypatch):
+    """The loss of step 20 is fine, but its gradient is not; or the update makes a weight that no loss has seen yet."""
+    config, checkpoint = tiny(), tmp_path / "checkpoint.safetensors"
+    model, step_now = experiment.build(config, digits), []
+    clip, step_of = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step
+
+    def clip_badly(parameters, most):
+        step_now.append(1)
+        if where == "the gradient" and len(step_now) == 20:
+            parameters[0].grad[0] = math.nan
+        return clip(parameters, most)
+
+    def step_badly(self, *arguments):
+        step_of(self, *arguments)
+        if where == "some weights" and len(step_now) == 20:
+            with torch.no_grad():
+                model.plain["positions"][-1, 0] = math.inf
+                model.plain["embedding"][31, 0] = math.inf
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_badly)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_badly)
+    monkeypatch.setattr("projectable.training.split_losses", lambda *_, **__: {"d8": torch.ones(10)})
+    with pytest.raises(DivergedError, match=f"{where} .* not finite at step 20 of 40; the last good"):
+        trained(config, digits, model, checkpoint=checkpoint)
+    tensors, about = load_tensors(checkpoint)
+    assert about["step"] == 10 and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+    if where == "the gradient":
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_tasks_without_validation_images_are_left_out_of_the_choice(digits):
+    val = [tokens if task % 2 else tokens[:0] for task, tokens in enumerate(digits.tokens["val"])]
+    data = replace(digits, tokens=digits.tokens | {"val": val})
+    model, outcome = trained(tiny(), data)
+    losses = split_losses(model, data, "val", 10)["d8"]
+    assert losses.isnan().tolist() == [True, False] * 5
+    best = min(validation(outcome, "d8"))
+    assert math.isfinite(best) and losses[1::2].mean().item() == pytest.approx(best, abs=1e-6)
+    with pytest.raises(ValueError, match="digits/classes has no validation images"):
+        trained(tiny(), replace(digits, tokens=digits.tokens | {"val": [t[:0] for t in val]}))
 
 
 def test_an_absurd_rate_is_an_error_or_numbers_but_never_a_silent_nan(digits):

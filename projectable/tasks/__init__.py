@@ -147,14 +147,8 @@ def make_tasks(
     if scarce := re.fullmatch(r"(.+)-few(\d+)(?:-s(\d+))?", tasks):
         whole = make_tasks(dataset, scarce[1], vocab_size, patch, val_per_class, seed)
         return few(whole, int(scarce[2]), int(scarce[3] or 0))
-    if dataset == "glyphs":
-        from .glyphs import make_glyphs
-
-        return make_glyphs(tasks, vocab_size, patch, val_per_class, seed)
-    if dataset == "text":
-        from .text import make_text
-
-        return make_text(tasks, vocab_size, val_per_class, seed)
+    if dataset in MAKERS:
+        return MAKERS[dataset](tasks, vocab_size, patch, val_per_class, seed)
     images = load_images(dataset, patch)
     splits = split_images(images, val_per_class, seed)
     held_out = [images.label_names.index(c) for c in HELD_OUT_CLASSES.get(dataset, ())]
@@ -182,3 +176,18 @@ def make_tasks(
                     f"{names[t]!r} of {dataset}/{tasks} has no {split} images: fewer tasks or more images are needed"
                 )
     return TaskData(f"{images.name}/{tasks}", tuple(names[t] for t in chosen), tokens, codebook, images.licence)
+
+
+def _glyphs(tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int) -> TaskData:
+    from .glyphs import make_glyphs
+
+    return make_glyphs(tasks, vocab_size, patch, val_per_class, seed)
+
+
+def _text(tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int) -> TaskData:
+    from .text import make_text
+
+    return make_text(tasks, vocab_size, val_per_class, seed)
+
+
+MAKERS = {"glyphs": _glyphs, "text": _text}  # data sets with tasks of their own; a run's key follows the one it names

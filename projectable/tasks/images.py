@@ -17,8 +17,8 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ FASHION_NAMES = (
     "bag",
     "ankle boot",
 )
+BESIDE = Path(__file__).parents[2] / "data"
 HELP = (
     "To get it: be online once (torchvision's download, or Debian's package dataset-fashion-mnist); "
     "or set PROJECTABLE_DATA to a folder that holds FashionMNIST/raw/ with the four .gz files."
@@ -65,7 +66,7 @@ class Images:
 
 def data_dir() -> Path:
     """Where downloads go: PROJECTABLE_DATA, or data/ beside the package."""
-    return Path(os.environ.get("PROJECTABLE_DATA") or Path(__file__).parents[2] / "data")
+    return Path(os.environ.get("PROJECTABLE_DATA") or BESIDE)
 
 
 def _fashion_folders() -> list[Path]:
@@ -228,6 +229,13 @@ def load_torchvision(name: str) -> Images:
     return Images(name, licence, tuple(names), train, test)
 
 
+def _by_name(name: str) -> Callable[[], Images]:
+    def load() -> Images:
+        return load_torchvision(name)
+
+    return load
+
+
 def _archived(part) -> list[np.ndarray]:
     """Images and labels, training and test, of MNIST or its kin: out of archives whose MD5 torchvision knows."""
     from torchvision.datasets.utils import check_integrity
@@ -334,6 +342,7 @@ def _digest(file: Path) -> bytes:
 
 
 def _path(dataset: str) -> Path:
+    """The PATH of `folder:PATH`."""
     return Path(os.path.abspath(Path(dataset.removeprefix(FOLDER)).expanduser()))
 
 
@@ -448,18 +457,24 @@ def load_folder(path: str | Path, patch: int = 4) -> Images:
 
 # ------------------------------------------------------------------------------------------------------- by name
 
-LOADERS = {"fashion": load_fashion_mnist, "digits": load_digits, "FashionMNIST": load_fashion_mnist}
-LOADERS |= {name: partial(load_torchvision, name) for name in TORCHVISION}
+LOADERS: dict[str, Callable[[], Images]] = {
+    "fashion": load_fashion_mnist,
+    "digits": load_digits,
+    "FashionMNIST": load_fashion_mnist,
+    **{name: _by_name(name) for name in TORCHVISION},
+}
+LOADERS_OF_PATHS: dict[str, Callable[[Path, int], Images]] = {"folder": load_folder}  # folder:PATH; path and patch
 
 
-def load_images(name: str, patch: int = 4) -> Images:
+def load_images(dataset: str, patch: int = 4) -> Images:
     """The image set of that name, or of the folder in `folder:PATH` (its images fit patches of `patch` pixels).
 
     Raises ValueError naming the allowed ones.
     """
-    if name.startswith(FOLDER):
-        return load_folder(_path(name), patch)
-    if name not in LOADERS:
-        hint = f" (your own images: {FOLDER}{name})" if Path(name).is_dir() else ""
-        raise ValueError(f"unknown dataset {name!r}; allowed: {', '.join(LOADERS)}, {FOLDER}PATH{hint}")
-    return LOADERS[name]()
+    kind, _, path = dataset.partition(":")
+    if path and kind in LOADERS_OF_PATHS:
+        return LOADERS_OF_PATHS[kind](_path(dataset), patch)
+    if dataset not in LOADERS:
+        hint = f" (your own images: {FOLDER}{dataset})" if Path(dataset).is_dir() else ""
+        raise ValueError(f"unknown dataset {dataset!r}; allowed: {', '.join(LOADERS)}, {FOLDER}PATH{hint}")
+    return LOADERS[dataset]()

@@ -1,0 +1,227 @@
+"""The contract of every conditioning, whoever adds it; what each knows of a task."""
+
+import pytest
+import torch
+from conftest import randomise
+
+from projectable.conditioning import (
+    CONDITIONINGS,
+    Attributes,
+    Features,
+    LearnedID,
+    Shuffled,
+    SupportSet,
+    derangement,
+    make_conditioning,
+)
+
+T, K, F, V, N = 5, 3, 7, 32, 16
+NAMES = ("ankle boot", "boot", "shirt", "T-shirt", "bag")
+
+
+@pytest.fixture(scope="module")
+def told(digits):
+    """What any conditioning may need to be told, of five digits."""
+    support = digits.first("train", 16)[:T]
+    vectors = torch.randn(T, F, generator=torch.Generator().manual_seed(1)) * 5 + 3
+    return dict(support=support, vocab_size=V, names=NAMES, vectors=vectors)
+
+
+def made(name, told, seed=0, **options):
+    torch.manual_seed(seed)
+    return make_conditioning(name, T, K, **{need: told[need] for need in CONDITIONINGS[name].needs}, **options)
+
+
+@pytest.mark.parametrize("name", CONDITIONINGS)
+class TestEveryConditioning:
+    def test_shape_and_size_of_the_entries(self, name, told):
+        z = made(name, told)(torch.arange(T))
+        assert z.shape == (T, K) and z.dtype == torch.float32
+        sizes = torch.stack([made(name, told, seed)(torch.arange(T)).square().mean() for seed in range(10)])
+        assert 0.3 < sizes.mean() < 3
+
+    def test_tasks_in_any_order_and_number(self, name, told):
+        conditioning = made(name, told).eval()
+        z = conditioning(torch.arange(T))
+        torch.testing.assert_close(conditioning(torch.tensor([3, 0, 3])), z[[3, 0, 3]])
+
+    def test_gradients_reach_every_parameter(self, name, told):
+        conditioning = made(name, told)
+        (conditioning(torch.arange(T)) * torch.randn(T, K)).sum().backward()
+        for key, parameter in conditioning.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+
+    def test_the_seed_decides_everything(self, name, told):
+        one, two, other = (made(name, told, seed) for seed in (0, 0, 1))
+        drawn = []
+        for conditioning in (one, two, other):
+            torch.manual_seed(7)
+            drawn.append(torch.stack([conditioning(torch.arange(T)) for _ in range(3)]))
+        assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+    def test_state_dict_restores_it(self, name, told):
+        conditioning, other = randomise(made(name, told)).eval(), made(name, told, seed=1).eval()
+        other.load_state_dict(conditioning.state_dict())
+        assert torch.equal(other(torch.arange(T)), conditioning(torch.arange(T)))
+
+    def test_rates_are_those_of_its_own_parameters(self, name, told):
+        conditioning = made(name, told)
+        assert set(conditioning.rates) <= dict(conditioning.named_parameters()).keys()
+        assert all(conditioning.rate_factor(key) > 0 for key, _ in conditioning.named_parameters())
+
+    def test_wrong_ids(self, name, told):
+        conditioning = randomise(made(name, told)).eval()
+        wrong = Shuffled(conditioning, torch.tensor([1, 2, 3, 4, 0])).eval()
+        z = conditioning(torch.arange(T))
+        torch.testing.assert_close(wrong(torch.arange(T)), z.roll(-1, 0))
+        for key, _ in wrong.named_parameters():
+            assert wrong.rate_factor(key) == conditioning.rate_factor(key.removeprefix("inner."))
+
+    def test_what_it_needs_is_asked_for(self, name, told):
+        for need in CONDITIONINGS[name].needs:
+            with pytest.raises(ValueError, match=f"the conditioning {name} has to be given .*{need}.* of the tasks"):
+                make_conditioning(name, T, K, **{need: None})
+
+
+def test_no_id_tells_nothing(told):
+    z = made("NoID", told)(torch.arange(T))
+    assert torch.equal(z, z[:1].expand(T, -1))
+
+
+class TestFeatures:
+    def test_by_hand(self):
+        features = Features(2, 1, vectors=torch.tensor([[1.0, 5.0], [3.0, 9.0]]))
+        with torch.no_grad():
+            features.map.copy_(torch.tensor([[10.0], [1.0]]))
+        # centre (2, 7), deviations ±1 and ±2: scale √((1 + 1 + 4 + 4) / 4)
+        torch.testing.assert_close(features(torch.arange(2)), torch.tensor([[-12.0], [12.0]]) / 2.5**0.5)
+
+    def test_held_out_tasks_do_not_shape_the_scale(self, told):
+        vectors = told["vectors"].clone()
+        before = Features(T, K, vectors, fitted_on=range(3))
+        vectors[3:] *= 100
+        after = Features(T, K, vectors, fitted_on=range(3))
+        assert torch.equal(before.center, after.center) and torch.equal(before.scale, after.scale)
+        assert not torch.equal(Features(T, K, vectors).center, after.center)
+
+    def test_another_task_by_its_vector(self, told):
+        features = made("Features", told)
+        torch.testing.assert_close(features.encode(told["vectors"][2:4]), features(torch.tensor([2, 3])))
+
+    def test_tasks_that_look_alike_have_vectors_alike(self, told):
+        vectors = told["vectors"].clone()
+        vectors[1] = vectors[0] + 0.01
+        z = Features(T, K, vectors)(torch.arange(T))
+        assert (z[1] - z[0]).norm() < 0.1 * (z[2] - z[0]).norm()
+
+    @pytest.mark.parametrize("vectors", [torch.zeros(T + 1, F), torch.zeros(T), torch.full((T, F), torch.nan)])
+    def test_vectors_that_cannot_be(self, vectors):
+        with pytest.raises(
+            ValueError, match=rf"vectors of shape .*; allowed: one of finite numbers a task, \({T}, F\)"
+        ):
+            Features(T, K, vectors)
+
+
+class TestAttributes:
+    def test_names_alike_give_vectors_alike(self, told):
+        table = made("Attributes", told).table
+        similar = table @ table.T
+        assert similar[0, 1] > 0.3 and similar[2, 3] > 0.3  # boots; shirts
+        assert similar[0, 2:].max() < 0.25 and similar[2, :2].max() < 0.25
+
+    def test_held_out_names_bring_no_letters_of_their_own(self):
+        known = Attributes(3, K, names=("aa", "bb", "zz"), fitted_on=(0, 1))
+        assert known.table[2].count_nonzero() == 1  # the border of a word
+        assert Attributes(3, K, names=("aa", "bb", "zz")).table.shape[1] > known.table.shape[1]
+
+
+class TestSupportSet:
+    def test_evaluation_sees_the_first_images(self, told):
+        for n in (1, 4):
+            support = made("SupportSet", told, n_eval=n).eval()
+            torch.testing.assert_close(support(torch.arange(T)), support.encode(told["support"][:, :n]))
+
+    def test_no_random_numbers_are_used_without_gradients(self, told):
+        support = made("SupportSet", told)
+        state = torch.get_rng_state()
+        with torch.no_grad():
+            assert torch.equal(support(torch.arange(T)), support(torch.arange(T)))
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_training_draws_different_images_of_the_task_itself(self, told):
+        support = made("SupportSet", told, n_train=(4,))
+        seen = []
+        support.encode = lambda tokens: seen.append(tokens) or torch.zeros(len(tokens), K)
+        for _ in range(20):
+            support(torch.tensor([2, 4]))
+        for tokens in seen:
+            assert tokens.shape == (2, 4, N)
+            for task, images in zip((2, 4), tokens, strict=True):
+                where = (told["support"][task].unsqueeze(0) == images.unsqueeze(1)).all(-1)  # (4, 16)
+                assert where.any(1).all()
+        assert len({tuple(tokens.flatten().tolist()) for tokens in seen}) == 20
+
+    def test_training_draws_the_number_of_images(self, told):
+        support = made("SupportSet", told)
+        seen = set()
+        support.encode = lambda tokens: seen.add(tokens.shape[1]) or torch.zeros(len(tokens), K)
+        for _ in range(60):
+            support(torch.arange(T))
+        assert seen == {1, 4, 16}
+
+    def test_an_image_is_not_drawn_twice(self, told):
+        support = torch.arange(16).view(1, 16, 1)
+        encoder = SupportSet(1, K, support, vocab_size=16, n_train=(16,))
+        seen = []
+        encoder.encode = lambda tokens: seen.append(sorted(tokens.flatten().tolist())) or torch.zeros(1, K)
+        encoder(torch.zeros(1, dtype=torch.long))
+        assert seen == [list(range(16))]
+
+    def test_the_order_of_images_does_not_matter_but_that_of_tokens_does(self, told):
+        encoder, images = made("SupportSet", told), told["support"][:2]
+        z = encoder.encode(images)
+        torch.testing.assert_close(encoder.encode(images.flip(1)), z, rtol=1e-4, atol=1e-5)
+        assert (encoder.encode(images.flip(2)) - z).abs().max() > 0.05
+
+    def test_a_task_is_closer_to_itself_than_to_others(self, told):
+        torch.manual_seed(0)
+        encoder = SupportSet(T, 32, told["support"], V)
+        one, other = (encoder.encode(told["support"][:, i : i + 8]) for i in (0, 8))
+        distance = torch.cdist(one, other)
+        within = distance.diagonal().mean()
+        between = (distance.sum() - distance.diagonal().sum()) / (T * T - T)
+        assert between > 1.2 * within
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (dict(n_eval=17), "n_eval asks for 17 images of a support of 16; allowed: 1 to 16"),
+            (dict(n_train=(1, 0)), "n_train asks for 0 images of a support of 16; allowed: 1 to 16"),
+            (dict(vocab_size=5), "support has tokens from 0 to .*; allowed: 0 to 4"),
+            (dict(support=torch.zeros(T, N, dtype=torch.long)), r"support of shape \(5, 16\); allowed: \(5, images"),
+        ],
+    )
+    def test_supports_that_cannot_be(self, told, options, message):
+        with pytest.raises(ValueError, match=message):
+            SupportSet(T, K, **dict(support=told["support"], vocab_size=V) | options)
+
+
+def test_derangement_leaves_no_task_where_it_is():
+    for n in (2, 3, 10, 64):
+        for seed in range(5):
+            wrong = derangement(n, seed)
+            assert sorted(wrong.tolist()) == list(range(n)) and not (wrong == torch.arange(n)).any()
+            assert torch.equal(wrong, derangement(n, seed))
+    assert not torch.equal(derangement(64, 0), derangement(64, 1))
+    with pytest.raises(ValueError, match=r"1 task\(s\) cannot all be told the ID of another; allowed: 2 or more"):
+        derangement(1, 0)
+
+
+def test_wrong_ids_by_no_permutation():
+    with pytest.raises(ValueError, match=r"\[0, 0\] is no permutation of the tasks 0 to 1"):
+        Shuffled(LearnedID(2, K), torch.tensor([0, 0]))
+
+
+def test_unknown_conditioning():
+    with pytest.raises(ValueError, match="unknown conditioning 'Horoscope'; allowed: LearnedID, NoID, Features"):
+        make_conditioning("Horoscope", T, K)

@@ -1,0 +1,453 @@
+"""Images of one's own, in folders, and torchvision's data sets: found, read, refused, and modelled in colour."""
+
+import gzip
+import hashlib
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+from conftest import tiny, tiny_projectable, tiny_source
+from PIL import Image
+
+from projectable import experiment
+from projectable.config import DataConfig
+from projectable.export import evaluate, export, load, write_grid
+from projectable.fingerprint import code_behind
+from projectable.tasks import images, make_tasks, split_images
+from projectable.tasks.images import DataError, content_key, load_digits, load_folder, load_images, read_folder
+
+TINTS = np.array([[1, 0.4, 0.2], [0.2, 1, 0.5], [0.3, 0.4, 1]], np.float32)  # of the classes
+
+
+def write_images(folder, n=10, colour=False, end="png", names=("cats", "dogs", "owls")):
+    """The first n digits 0, 1 and 2 as files in folders of such names; in colour, each class in its own."""
+    x, y = load_digits().train
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i, pixels in enumerate(x[y == label][:n]):
+            if colour:
+                pixels = pixels * TINTS[label]
+            Image.fromarray(np.rint(pixels * 255).astype(np.uint8).squeeze()).save(folder / name / f"{i}.{end}")
+    return folder
+
+
+@pytest.fixture
+def pets(tmp_path):
+    return write_images(tmp_path / "pets")
+
+
+def save(array, path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, np.uint8)).save(path, **options)
+
+
+# ------------------------------------------------------------------------------------------------ what is read
+
+
+def test_small_images_of_one_size_stay_as_they_are(pets, capsys):
+    found, parts = read_folder(pets, patch=2)
+    assert (found.classes, found.counts, found.broken) == (("cats", "dogs", "owls"), {"all": [10, 10, 10]}, ())
+    assert (found.height, found.width, found.channels, found.sizes) == (8, 8, 1, {(8, 8): 30})
+    x, y = load_digits().train
+    expected = np.concatenate([x[y == label][:10] for label in range(3)])
+    assert np.array_equal(parts["all"][0], np.rint(expected * 255)) and parts["all"][0].dtype == np.uint8
+    assert parts["all"][1].tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    loaded = load_images(f"folder:{pets}", 2)
+    assert capsys.readouterr().err == "pets: 30 images of 3 classes, grey, 8×8 pixels\n"
+    assert loaded.name == "pets" and loaded.train[0].dtype == np.float32 and loaded.train[0].max() == 1
+
+
+@pytest.mark.parametrize("patch, size", [(2, 8), (4, 8), (5, 30), (3, 30), (16, 32), (40, 40)])
+def test_images_are_resized_where_patches_do_not_fit(pets, patch, size, capsys):
+    loaded = load_folder(pets, patch)
+    assert loaded.train[0].shape[1:] == (size, size, 1)
+    resized = f"{size}×{size} pixels (cut to that shape and resized; they had 8×8 to 8×8)"
+    assert (resized in capsys.readouterr().err) == (size != 8)
+
+
+def test_images_of_several_sizes_are_cut_in_the_middle_and_resized(tmp_path):
+    tall = np.zeros((90, 30, 3), np.uint8)
+    tall[30:60] = 200  # the middle is grey, above and below it is black
+    save(tall, tmp_path / "a" / "tall.jpg", quality=95)
+    save(tall.swapaxes(0, 1), tmp_path / "a" / "deeper" / "wide.JPEG", quality=95)
+    save(np.full((600, 400, 3), 200), tmp_path / "b" / "large.png")
+    save(np.full((600, 400, 3), 200), tmp_path / "b" / "large.jpg")
+    found, parts = read_folder(tmp_path)
+    x, y = parts["all"]
+    assert x.shape == (4, 32, 32, 1) and y.tolist() == [0, 0, 1, 1]
+    assert (abs(x[:, 3:-3, 3:-3].astype(int) - 200) <= 3).all()
+    assert "32×32 pixels (cut to that shape and resized; they had 30×90 to 600×400)" in str(found)
+
+
+GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
+RGB = np.stack([GREY, 255 - GREY, GREY // 2], -1)
+
+
+def odd_files():
+    """Files of unusual kinds, and the pixels (8, 8, 3) to be read from them."""
+    grey = np.repeat(GREY[..., None], 3, -1)
+    yield "16 bits.png", Image.fromarray(GREY.astype(np.uint16) * 257), {}, grey
+    yield "one bit.png", Image.fromarray(GREY > 90), {}, 255 * np.repeat(GREY[..., None] > 90, 3, -1)
+    yield "palette.gif", Image.fromarray(RGB).quantize(64), {}, RGB
+    clear = np.dstack([RGB, np.where(GREY > 90, 255, 0).astype(np.uint8)])
+    yield "clear.png", Image.fromarray(clear), {}, np.where(GREY[..., None] > 90, RGB, 255)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # as a camera held upright writes it: to be turned clockwise
+    yield "turned.png", Image.fromarray(RGB), {"exif": turned}, np.rot90(RGB, -1)
+    yield "plain.webp", Image.fromarray(RGB), {"lossless": True}, RGB
+
+
+@pytest.mark.parametrize("name, image, options, expected", [pytest.param(*f, id=f[0]) for f in odd_files()])
+def test_unusual_kinds_of_files(tmp_path, name, image, options, expected):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        image.save(tmp_path / folder / name, **options)
+    save(RGB, tmp_path / "b" / "zebra.png")  # in colour: all are read so
+    found, parts = read_folder(tmp_path)
+    assert found.channels == 3 and found.broken == ()
+    np.testing.assert_allclose(parts["all"][0][0], expected, atol=2)
+
+
+def test_one_image_in_colour_makes_all_so_and_grey_in_three_channels_is_grey(tmp_path):
+    folder = write_images(tmp_path / "pets")
+    save(np.repeat(GREY[..., None], 3, -1), folder / "cats" / "10.png")
+    assert read_folder(folder)[0].channels == 1
+    save(RGB, folder / "cats" / "11.png")
+    found, parts = read_folder(folder)
+    assert found.channels == 3 and parts["all"][0].shape == (32, 8, 8, 3)
+
+
+# ------------------------------------------------------------------------------------- what is wrong with a folder
+
+
+def test_broken_files_are_listed_and_left_out(pets, capsys):
+    whole = read_folder(pets)[1]["all"][0]
+    good = (pets / "cats" / "3.png").read_bytes()
+    broken = {"cut.png": good[:60], "empty.png": b"", "text.jpg": b"hello", "x.gif": b"GIF89a" + bytes(9)}
+    for name, content in broken.items():
+        (pets / "cats" / name).write_bytes(content)
+    (pets / "dogs" / "gone.png").symlink_to("nowhere.png")
+    (pets / "dogs" / "notes.txt").write_text("not an image, and not said to be one")
+    (pets / "dogs" / "._0.png").write_bytes(b"a Macintosh's")
+    found, parts = read_folder(pets)
+    assert found.broken == ("cats/cut.png", "cats/empty.png", "cats/text.jpg", "cats/x.gif", "dogs/gone.png")
+    assert found.counts == {"all": [10, 10, 10]} and np.array_equal(parts["all"][0], whole)
+    load_folder(pets)
+    said = capsys.readouterr().err
+    assert said.endswith("; 5 left out that can't be read: cats/cut.png, cats/empty.png, cats/text.jpg, …\n")
+    assert content_key(f"folder:{pets}")
+
+
+def spoil(folder, how):
+    if how == "missing":
+        shutil.rmtree(folder)
+    elif how == "file":
+        shutil.rmtree(folder)
+        folder.write_bytes(b"")
+    elif how == "no class":
+        for name in ("cats", "dogs", "owls"):
+            for file in (folder / name).iterdir():
+                file.rename(folder / f"{name}{file.name}")
+            (folder / name).rmdir()
+    elif how == "one class":
+        shutil.rmtree(folder / "cats")
+        shutil.rmtree(folder / "owls")
+    elif how == "empty class":
+        shutil.rmtree(folder / "dogs")
+        (folder / "dogs").mkdir()
+    elif how == "only broken":
+        for file in (folder / "dogs").iterdir():
+            file.write_bytes(b"no")
+    elif how == "two images":
+        for i in range(2, 10):
+            (folder / "dogs" / f"{i}.png").unlink()
+    elif how == "unknown part":
+        shutil.copytree(folder, folder / "train")
+
+
+WRONG = {
+    "missing": "pets does not exist; allowed: a folder with a folder of images for each class",
+    "file": "pets is a file; allowed: a folder with a folder of images for each class",
+    "no class": "pets holds class folders: none; needed: two or more; allowed: a folder",
+    "one class": "pets holds class folders: dogs; needed: two or more; allowed: a folder",
+    "empty class": r"class 'dogs' is empty: .*pets/dogs holds no image \(allowed: .png, .jpg",
+    "only broken": r"class 'dogs' is empty: .*pets/dogs holds no image \(can't be read: dogs/0.png, dogs/1.png, dogs/2",
+    "two images": r"class 'dogs' of .*pets has 2 images to train with; needed: 3 \(train, val and test images",
+    "unknown part": "pets holds train/ and 'cats'; allowed beside train/: val/, test/",
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_what_is_wrong_with_a_folder_is_one_line_that_names_it(pets, how):
+    spoil(pets, how)
+    with pytest.raises(DataError, match=WRONG[how]) as error:
+        make_tasks(f"folder:{pets}", patch=2)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------- the splits
+
+
+def in_rows(x):
+    return {row.tobytes() for row in x}
+
+
+def test_splits_are_drawn_from_every_class_and_always_the_same(pets):
+    first, again = (split_images(load_folder(pets), 600) for _ in range(2))
+    counts = {split: np.bincount(y).tolist() for split, (_, y) in first.items()}
+    assert counts == {"train": [6] * 3, "val": [2] * 3, "test": [2] * 3}
+    for split in first:
+        assert all(np.array_equal(a, b) for a, b in zip(first[split], again[split], strict=True))
+    rows = [in_rows(x) for x, _ in first.values()]
+    assert len(set.union(*rows)) == sum(map(len, rows)) == 30
+    assert len(set(first["train"][1][:6])) == 3  # the codebook's first images are of all classes
+
+
+def test_three_images_a_class_are_enough(tmp_path):
+    data = make_tasks(f"folder:{write_images(tmp_path / 'few', n=3)}", vocab_size=8, patch=2)
+    assert {split: [len(t) for t in ts] for split, ts in data.tokens.items()} == {
+        split: [1] * 3 for split in ("train", "val", "test")
+    }
+
+
+@pytest.mark.parametrize("parts", [("train", "test"), ("train", "val"), ("train", "val", "test"), ("train",)])
+def test_sub_folders_are_splits(tmp_path, parts):
+    whole = write_images(tmp_path / "whole", n=20)
+    for i, part in enumerate(parts):
+        for name in ("cats", "dogs", "owls"):
+            (tmp_path / "pets" / part / name).mkdir(parents=True)
+            for file in sorted((whole / name).iterdir())[5 * i : 5 * i + 5]:
+                shutil.copy(file, tmp_path / "pets" / part / name)
+    found, arrays = read_folder(tmp_path / "pets")
+    assert found.counts == {part: [5] * 3 for part in sorted(parts)}
+    splits = split_images(load_folder(tmp_path / "pets"), 600)
+    for part in parts[1:]:
+        assert in_rows(splits[part][0]) == in_rows(arrays[part][0] / np.float32(255))
+    drawn = [split for split in ("train", "val", "test") if split not in parts[1:]]
+    rows = [in_rows(splits[split][0]) for split in drawn]
+    assert set.union(*rows) == in_rows(arrays["train"][0] / np.float32(255)) and len(set.union(*rows)) == 15
+    assert sum(map(len, rows)) == 15 and all(np.bincount(splits[split][1]).all() for split in drawn)
+
+
+def test_a_class_of_one_sub_folder_only(tmp_path):
+    write_images(tmp_path / "train")
+    write_images(tmp_path / "test", names=("cats", "dogs", "wolves"))
+    with pytest.raises(DataError, match="class 'owls' has to be in train/ and test/, or in neither"):
+        load_folder(tmp_path)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_images(tmp_path / "vehicles", names=("boat", "plane", "train"))
+    assert load_folder(tmp_path / "vehicles").label_names == ("boat", "plane", "train")
+
+
+# ------------------------------------------------------------------------------------------- never a stale run
+
+
+def test_the_key_is_that_of_names_and_contents(pets, tmp_path):
+    key = content_key(f"folder:{pets}")
+    shutil.copytree(pets, tmp_path / "copy" / "pets", copy_function=shutil.copy)  # other times, inodes and place
+    assert content_key(f"folder:{tmp_path / 'copy' / 'pets'}") == key == content_key(f"folder:{pets}")
+    (pets / "notes.txt").write_text("no image")
+    assert content_key(f"folder:{pets}") == key
+
+    file = pets / "cats" / "0.png"
+    before, stat = file.read_bytes(), file.stat()
+    file.write_bytes(before[:-1] + b"\0")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as large and as old as it was
+    keys = {key, content_key(f"folder:{pets}")}
+    file.write_bytes(before)
+    assert content_key(f"folder:{pets}") == key
+    file.rename(pets / "dogs" / "zero.png")
+    keys.add(content_key(f"folder:{pets}"))
+    (pets / "dogs" / "zero.png").unlink()
+    keys.add(content_key(f"folder:{pets}"))
+    assert len(keys) == 4
+    assert content_key("digits") == ""
+
+
+def test_editing_how_folders_are_read_leaves_other_runs_as_they_are():
+    def code(dataset):
+        return "\n".join(code_behind([make_tasks], [dataset])[0])
+
+    assert "def read_folder" in code("folder:pets") and "def load_torchvision" in code("CIFAR10")
+    for dataset in ("digits", "fashion"):
+        assert "def read_folder" not in code(dataset) and "def load_torchvision" not in code(dataset)
+        assert str(images.BESIDE.parent) not in code(dataset)
+
+
+def test_changed_images_are_new_data_and_a_new_run(pets):
+    config = tiny(data=DataConfig(f"folder:{pets}", "classes", 16, 2, 2))
+    before, run = experiment.data_for(config.data), experiment.folder_of(config)
+    assert experiment.data_for(config.data) is before
+    save(255 - GREY, pets / "owls" / "new.png")
+    after = experiment.data_for(config.data)
+    assert sum(map(len, after.tokens["train"])) == sum(map(len, before.tokens["train"])) + 1
+    assert experiment.folder_of(config) != run
+
+
+# ------------------------------------------------------------------------------------------------------- colour
+
+
+def test_from_a_folder_in_colour_to_a_small_model_that_samples_in_colour(tmp_path):
+    folder = write_images(tmp_path / "pets", n=40, colour=True)
+    data = DataConfig(f"folder:{folder}", "classes", vocab_size=32, patch=2, val_per_class=8)
+    source = tiny_source(data=data, steps=150)
+    run = experiment.run(tiny_projectable(source, data=data, steps=150))
+    model = load(export(run, 8, "dogs", tmp_path / "dogs8"))
+    assert model.config["data_name"] == "pets/classes" and model.codebook.codes.shape == (32, 12)
+    n, nats, _ = evaluate(model)
+    assert n == 8 and nats == pytest.approx(model.config["losses"]["test"]) and nats < np.log(32)
+    drawn = model.sample(20, seed=0)
+    assert drawn.shape == (20, 8, 8, 3)
+    red, green, blue = drawn.mean((0, 1, 2))
+    assert green > 1.2 * blue > 1.2 * red  # the colour of the dogs
+    sheet = np.asarray(Image.open(write_grid(drawn, tmp_path / "dogs.png", at_least=8)))
+    assert sheet.shape == (4 * 9 - 1, 5 * 9 - 1, 3)
+    assert np.array_equal(sheet[:8, 9:17], np.rint(drawn[1] * 255))
+
+
+# -------------------------------------------------------------------------------------------------- torchvision
+
+
+def refuse(*args, **kwargs):
+    raise URLError("no network today")
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """A folder for torchvision's files; no downloads."""
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setenv("PROJECTABLE_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def cifar(offline, monkeypatch):
+    """A stand-in for CIFAR-10: 40 + 20 images in pickled batches, whose checksums torchvision is made to know."""
+    from torchvision.datasets import CIFAR10
+
+    rng, folder = np.random.default_rng(0), offline / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    lists = {"train_list": ["data_batch_1", "data_batch_2"], "test_list": ["test_batch"]}
+    for which, names in lists.items():
+        for name in names:
+            batch = {"data": rng.integers(0, 256, (20, 3072), np.uint8), "labels": [i % 10 for i in range(20)]}
+            (folder / name).write_bytes(pickle.dumps(batch))
+        monkeypatch.setattr(CIFAR10, which, [[name, md5(folder / name)] for name in names])
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"thing {i}" for i in range(10)]}))
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": md5(folder / "batches.meta")}
+    monkeypatch.setattr(CIFAR10, "meta", meta)
+    return folder
+
+
+def test_a_data_set_in_colour_by_name(cifar):
+    found = load_images("CIFAR10")
+    (x, y), (x_test, y_test) = found.train, found.test
+    assert x.shape == (40, 32, 32, 3) and x_test.shape == (20, 32, 32, 3) and x.dtype == np.float32
+    raw = pickle.loads((cifar / "data_batch_2").read_bytes())
+    assert x[20, 1, 2, 1] == np.float32(raw["data"][0, 1024 + 32 + 2] / 255)  # planes of red, green, blue
+    assert y.dtype == np.int64 and y_test.tolist() == [i % 10 for i in range(20)]
+    data = experiment.data_for(DataConfig("CIFAR10", "classes", vocab_size=16))
+    assert data.task_names[3] == "thing 3" and data.codebook.codes.shape == (16, 48)
+    assert [len(t) for t in data.tokens["train"]] == [3] * 10  # of four, one is held back
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PROJECTABLE_DATA"] + "/trapped",)
+
+
+@pytest.mark.parametrize("name", ["data_batch_1", "batches.meta"])
+def test_a_pickle_that_is_not_torchvisions_is_never_opened(cifar, name, offline):
+    (cifar / name).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(DataError, match="CIFAR10 could not be read .* delete a damaged file first"):
+        load_images("CIFAR10")
+    assert not (offline / "trapped").exists()
+
+
+@pytest.mark.parametrize("name", images.TORCHVISION)
+def test_a_failed_download_is_one_line_that_says_what_to_do(name, offline):
+    with pytest.raises(DataError) as error:
+        load_images(name)
+    message = str(error.value)
+    for part in (f"{name} could not be read (", "no network today", "Be online once", f"into {offline} (PROJECTABLE_D"):
+        assert part in message
+    assert images.TORCHVISION[name][0] in message and "\n" not in message
+
+
+def idx(array):
+    head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    return head + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def letters():
+    """Pixels and labels, training and test, of 47 classes."""
+    rng = np.random.default_rng(0)
+    x, x_test = (rng.integers(0, 256, (n, 28, 28), np.uint8) for n in (94, 47))
+    return x, np.arange(94) % 47, x_test, np.arange(47)
+
+
+def test_mnist_is_read_from_its_checked_archives(offline, letters, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    raw = offline / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    arrays = [a % 10 if a.ndim == 1 else a for a in letters]
+    for (name, _), array in zip(MNIST.resources, arrays, strict=True):
+        (raw / name).write_bytes(gzip.compress(idx(array)))
+        (raw / name[:-3]).write_bytes(idx(np.zeros_like(array)))  # unpacked, and then damaged
+    monkeypatch.setattr(MNIST, "resources", [(name, md5(raw / name)) for name, _ in MNIST.resources])
+    found = load_images("MNIST")
+    assert np.array_equal(found.train[0][..., 0], arrays[0] / np.float32(255)) and len(found.label_names) == 10
+    assert np.array_equal(found.test[1], arrays[3])
+    (raw / MNIST.resources[2][0]).write_bytes(gzip.compress(idx(arrays[2])[:-1] + b"\7"))
+    with pytest.raises(DataError, match="t10k-images-idx3-ubyte.gz is missing or damaged: delete .*MNIST"):
+        load_images("MNIST")
+
+
+def test_emnist_letters_stand_upright(offline, letters, monkeypatch):
+    from torchvision.datasets import EMNIST
+
+    raw = offline / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    parts = [(f"{split}-{what}") for split in ("train", "test") for what in ("images-idx3", "labels-idx1")]
+    with zipfile.ZipFile(raw / "gzip.zip", "w") as archive:
+        for part, array in zip(parts, letters, strict=True):
+            archive.writestr(f"gzip/emnist-balanced-{part}-ubyte.gz", gzip.compress(idx(array)))
+            (raw / f"emnist-balanced-{part}-ubyte").write_bytes(idx(array))
+    monkeypatch.setattr(EMNIST, "md5", md5(raw / "gzip.zip"))
+    found = load_images("EMNIST")
+    assert np.array_equal(found.train[0][5, :, :, 0], letters[0][5].T / np.float32(255))
+    assert len(found.label_names) == 47 and found.label_names[11] == "B" and found.test[1].tolist() == list(range(47))
+
+
+def test_house_numbers(offline, monkeypatch):
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    rng, known = np.random.default_rng(0), {}
+    offline.mkdir()
+    for split, n in (("train", 30), ("test", 20)):
+        path = offline / f"{split}_32x32.mat"
+        x, y = rng.integers(0, 256, (32, 32, 3, n), np.uint8), np.arange(n)[:, None] % 10 + 1  # 10 is the digit 0
+        savemat(path, {"X": x, "y": y})
+        known[split] = ["", path.name, md5(path)]
+    monkeypatch.setattr(SVHN, "split_list", known)
+    found = load_images("SVHN")
+    assert found.train[0].shape == (30, 32, 32, 3) and found.test[1].tolist() == [*range(1, 10), 0] * 2
+    assert np.array_equal(found.test[0][4], x[..., 4] / np.float32(255)) and found.label_names[0] == "0"
+
+
+def test_fashion_mnist_goes_by_torchvisions_name_too():
+    assert images.LOADERS["FashionMNIST"] is images.LOADERS["fashion"]

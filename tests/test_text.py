@@ -1,0 +1,174 @@
+"""Kinds of writing as tasks: the alphabet, files on one side only, no text twice, errors that name what is missing."""
+
+import math
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from projectable.evaluation import bits_per_pixel
+from projectable.tasks import SPLITS, few, make_tasks, text
+from projectable.tasks.images import DataError
+from projectable.tasks.text import LENGTH, UNKNOWN, Alphabet, Source, sequences
+
+COUNTS = {"train": 60, "val": 10, "test": 20}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Sequences of Python's language reference."""
+    return sequences("language reference", {"train": 1000, "val": 100, "test": 200})
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Two kinds of writing as task data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "PER_TASK", COUNTS)
+        patch.setattr(text, "KINDS", {kind: text.KINDS[kind] for kind in ("language reference", "type stubs")})
+        return make_tasks("text", "kinds", vocab_size=60, val_per_class=10)
+
+
+# ------------------------------------------------------------------------------------------------------- characters
+
+
+def test_the_alphabet_is_the_most_frequent_characters():
+    alphabet = Alphabet.fit(["aab", "b\nc", "b" + UNKNOWN * 9], 4, length=3)
+    assert alphabet.characters == UNKNOWN + "\nab"  # \n and c come once each: the first in code order stays
+    assert alphabet.encode(["ab\n", "cab"]).tolist() == [[2, 3, 1], [0, 2, 3]]
+    assert alphabet.decode(np.array([[2, 3, 1], [0, 2, 3]])) == ["ab\n", UNKNOWN + "ab"]
+
+
+def test_an_alphabet_is_stored_as_a_codebook_is():
+    alphabet = Alphabet.fit(["a𝄞→b"], 9, length=5)
+    assert alphabet.codes.shape == (5, 1) and alphabet.codes.dtype == np.float32
+    assert Alphabet.from_codes(alphabet.codes, alphabet.width) == alphabet
+    assert (alphabet.height // alphabet.patch) * (alphabet.width // alphabet.patch) == alphabet.length == 5
+    assert bits_per_pixel(math.log(2), alphabet.length, alphabet.height * alphabet.width) == 1  # bit a character
+
+
+def test_a_text_of_another_length_and_no_room_for_characters():
+    with pytest.raises(ValueError, match="a text of 3 characters; allowed: 64"):
+        Alphabet.fit(["abc"], 9).encode(["abc"])
+    with pytest.raises(ValueError, match="vocab_size=1 leaves no character; allowed: 2 or more"):
+        Alphabet.fit(["abc"], 1)
+
+
+# ------------------------------------------------------------------------------------------------ files and sequences
+
+
+def files_of(folder, bodies, monkeypatch):
+    """A kind of writing that consists of these files."""
+    for i, body in enumerate(bodies):
+        (folder / f"{i:03d}.txt").write_text(body)
+    monkeypatch.setattr(text, "KINDS", {"notes": Source("prose", "", ())})
+    monkeypatch.setattr(text, "_files", lambda kind: sorted(folder.glob("*.txt")))
+
+
+def lines(i: int, n: int = 40) -> str:
+    """Text that tells its file: no 64 characters without its number."""
+    return "\n".join(f"file {i:03d} line {j} is one of its kind" for j in range(n))
+
+
+def test_no_file_is_in_two_splits(tmp_path, monkeypatch):
+    files_of(tmp_path, [lines(i) for i in range(40)], monkeypatch)
+    found = sequences("notes", COUNTS)
+    sides = [
+        {piece[piece.index("file ") + 5 :][:3] for piece in found[split] if "file " in piece[:-7]} for split in SPLITS
+    ]
+    assert all(sides) and not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert {split: len(found[split]) for split in SPLITS} == COUNTS
+    assert all(len(piece) == LENGTH for split in SPLITS for piece in found[split])
+
+
+def test_a_long_file_does_not_fill_a_split(tmp_path, monkeypatch):
+    files_of(tmp_path, [lines(i, 2000) for i in range(9)], monkeypatch)
+    found = sequences("notes", {"train": 2000, "val": 100, "test": 200})
+    per_file = [sum(f"file {i:03d}" in piece for piece in found["train"]) for i in range(9)]
+    assert 100 < max(per_file) <= text.PER_FILE["train"]
+
+
+def test_a_paragraph_in_every_file_is_taken_once(tmp_path, monkeypatch):
+    header = "# Licensed under the terms of whoever wrote this, without warranty of any kind whatsoever."
+    files_of(tmp_path, [f"{header}\n\n{lines(i)}" for i in range(40)], monkeypatch)
+    found = sequences("notes", COUNTS)
+    assert sum(piece.count("of any kind whatsoever") for split in SPLITS for piece in found[split]) <= 1
+
+
+def test_what_is_copied_into_training_text_is_no_test_text(tmp_path, monkeypatch):
+    copied = "\n".join(f"copied line {j}, to be found in two files of the kind" for j in range(30))
+    files_of(tmp_path, [f"{lines(i)}\n{'x' * i}{copied}" for i in range(40)], monkeypatch)  # never at the same place
+    found = sequences("notes", {"train": 900, "val": 10, "test": 20})
+    assert any(piece in copied for piece in found["train"])
+    for split in ("val", "test"):
+        assert found[split] and not any(piece in copied[:-LENGTH] for piece in found[split])
+
+
+def test_real_text_is_in_one_split_and_once(reference):
+    pieces = [piece for split in SPLITS for piece in reference[split]]
+    assert len(set(pieces)) == len(pieces) == 1300
+    training = "".join(reference["train"])
+    assert not any(piece in training for split in ("val", "test") for piece in reference[split])
+
+
+def test_sequences_are_mixed_and_depend_on_the_seed_only(reference):
+    again = sequences("language reference", {"train": 1000, "val": 100, "test": 200})
+    assert again == reference
+    other = sequences("language reference", {"train": 1000, "val": 100, "test": 200}, seed=1)
+    assert set(other["test"]) != set(reference["test"])
+    fewer = sequences("language reference", {"train": 1000, "val": 50, "test": 200})
+    assert len(set(fewer["test"]) & set(reference["test"])) > 150  # test files do not depend on the others' number
+
+
+def test_docstrings_alone(tmp_path):
+    good, bad = tmp_path / "good.py", tmp_path / "bad.py"
+    good.write_text('"""Of the module."""\nx = "no"\ndef f():\n    """Of f.\n\n    More.\n    """\n    return "no"\n')
+    bad.write_text("print 'Python 2'\n")
+    assert text._docstrings(good) == "Of the module.\n\nOf f.\n\nMore." and text._docstrings(bad) == ""
+
+
+# ----------------------------------------------------------------------------------------------------------- tasks
+
+
+def test_ten_kinds_of_code_and_prose():
+    assert len(text.KINDS) == 10 and {source.family for source in text.KINDS.values()} == {"code", "prose"}
+    for kind in text.KINDS:
+        assert any(islice(text.documents(kind), 30))
+    assert all(name in text.versions() for name in ("Python 3.", "torch 2.", "scikit-learn 1."))
+
+
+def test_text_as_task_data(made):
+    assert made.name == "text/kinds" and made.task_names == ("language reference", "type stubs")
+    assert made.families == ("prose", "code") and made.codebook.length == LENGTH and "numpy 2." in made.licence
+    assert [x.shape for x in made.tokens["train"]] == [(60, LENGTH)] * 2
+    assert max(x.max() for s in SPLITS for x in made.tokens[s]) == 59
+    stubs = "".join(made.codebook.decode(made.tokens["train"][1]))
+    assert "def " in stubs and "Any" in stubs and stubs.count(UNKNOWN) < 0.01 * len(stubs)
+    assert [len(x) for x in few(made, 10).tokens["val"]] == [2, 2]
+
+
+def test_the_alphabet_sees_training_text_only(monkeypatch):
+    pieces = {"train": ["a" * LENGTH], "val": ["v" * LENGTH], "test": ["z" * LENGTH]}
+    monkeypatch.setattr(text, "sequences", lambda *about: pieces)
+    monkeypatch.setattr(text, "PER_TASK", {"train": 1, "test": 1})
+    data = text.make_text("kinds", 128, 1)
+    assert data.codebook.characters == UNKNOWN + "a"
+    assert data.tokens["test"][0].sum() == 0 and data.tokens["train"][0].sum() == LENGTH
+
+
+def test_a_missing_package_or_text_is_named(monkeypatch):
+    monkeypatch.setattr(text, "KINDS", {"songs": Source("prose", "no-such-package", ("*.txt",))})
+    with pytest.raises(
+        DataError, match="'songs' is text of the package no-such-package, .* pip install no-such-package"
+    ):
+        make_tasks("text", "kinds")
+    monkeypatch.setattr(text, "KINDS", {"zen": Source("prose", "", ("this.py",))})
+    with pytest.raises(
+        DataError, match="'zen' has 0 train sequences, 4000 are wanted: install Python with all its source"
+    ):
+        make_tasks("text", "kinds")
+
+
+def test_unknown_text_tasks():
+    with pytest.raises(ValueError, match="unknown tasks 'classes'; allowed: kinds"):
+        make_tasks("text", "classes")
