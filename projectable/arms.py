@@ -129,7 +129,7 @@ BANKS = {
     )
     for name in _OTHER_FAMILIES
 }
-_LINEAR = dict(max_seeds=3, family="Linear")
+_LINEAR: dict = dict(max_seeds=3, family="Linear")
 FACTORS = {
     "layout_per_matrix": _projected("maps of its own for each matrix", z_dim=8, layout="per_matrix", **_LINEAR),
     "p0_slice": _projected("start: slices of the source", z_dim=8, p0="slice", **_LINEAR),

@@ -105,7 +105,9 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
                 data = make_tasks(**asdict(config))
                 tensors = {f"{split}.{t}": x for split, xs in data.tokens.items() for t, x in enumerate(xs)}
                 book = data.codebook
-                about = dict(name=data.name, task_names=data.task_names, licence=data.licence, families=data.families)
+                about: dict = dict(
+                    name=data.name, task_names=data.task_names, licence=data.licence, families=data.families
+                )
                 about |= dict(patch=book.patch, height=book.height, width=book.width)
                 save_tensors(path, tensors | {"codes": torch.from_numpy(book.codes)}, about)
     tensors, about = load_tensors(path)
@@ -186,7 +188,7 @@ TELL: dict[str, Callable[[TaskData], Any]] = {  # what a conditioning may need t
 }
 
 
-MODELS = {
+MODELS: dict = {
     "source": _source,
     "universal": _universal,
     "distilled": _distilled,
