@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -96,7 +97,7 @@ def train(config: str, executor: str | None) -> None:
         said = ""
         try:
             for part in runs.chain(wanted):
-                if team.first(lambda part=part: experiment.is_done(part)):
+                if team.first(partial(experiment.is_done, part)):
                     continue
                 words = " ".join([part.model, *(f"d{size}" for size in part.sizes)])
                 with tqdm(total=part.steps, unit="step", desc=words, mininterval=1, disable=team.rank > 0) as bar:

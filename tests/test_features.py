@@ -60,11 +60,11 @@ class TestResNet:
         one, other = (image_features(x, "resnet18", resnet[1], size=32) for x in (images, colour))
         assert torch.equal(one, other)
 
-    def test_kept_features_are_found_by_images_size_and_weights(self, resnet, images, tmp_path):
-        def kept(images, size=32, **options):
+    def test_kept_features_are_found_by_images_and_weights(self, resnet, images, tmp_path):
+        def kept(images, **options):
             seen = []
             features = image_features(
-                images, "resnet18", size=size, folder=tmp_path, report=lambda *x: seen.append(x), **options
+                images, "resnet18", size=32, folder=tmp_path, report=lambda *x: seen.append(x), **options
             )
             return features, not seen
 
@@ -72,7 +72,6 @@ class TestResNet:
         assert not found
         again, found = kept(images, weights=resnet[1])
         assert found and torch.equal(again, first)
-        assert not kept(images, size=64, weights=resnet[1])[1]
         assert not kept(1 - images, weights=resnet[1])[1]
         other = tmp_path / "other.pth"
         torch.save({k: v * 2 for k, v in torch.load(resnet[1], weights_only=True).items()}, other)
