@@ -118,6 +118,9 @@ def image_features(
     trained. `weights`, `sha256` and `trust` are those of `read_weights`, for a ResNet. With a `folder`, what was
     computed once is found there again. `report(done, n)` is called block by block.
 
+    Small images need fewer pixels than the network was trained with: the nearest class mean (300 images) names 0.77 of
+    Fashion-MNIST images at 224 pixels and at 96, which take a tenth of the time; 0.73 at 64, and 0.66 from raw pixels.
+
     Raises ValueError for images or a network that cannot be, FeaturesError where the network cannot be had.
     """
     images = np.asarray(images, np.float32)
