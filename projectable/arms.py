@@ -31,7 +31,7 @@ class Arm:
     start: str = ""  # the arm whose run it starts from
     options: dict = field(default_factory=dict)
     max_seeds: int | None = None  # fewer seeds for arms that no claim rests on
-    smallest_only: bool = False  # only the smallest size, where a claim is about that one
+    only: int | None = None  # of the profile's sizes the one in that place, where the arm is about that one
     one_start: bool = False  # all seeds start from the first seed's run
 
     def middle(self, size: int) -> float:
@@ -47,9 +47,8 @@ _SOURCE = dict(conditioning="additive", zero_writes=True)
 LAMBDA = 3.0  # weight of the source's own objective: with 1 the source loses about 1 % (validation images)
 
 
-def _projected(words: str, lr: dict[int, float] = _MAPS, max_seeds=None, smallest_only=False, **options) -> Arm:
-    options = dict(source_weight=LAMBDA, **options)
-    return Arm(words, "projectable", lr, "joint", "source", options, max_seeds, smallest_only)
+def _projected(words: str, lr: dict[int, float] = _MAPS, max_seeds=None, only=None, **options) -> Arm:
+    return Arm(words, "projectable", lr, "joint", "source", dict(source_weight=LAMBDA) | options, max_seeds, only)
 
 
 ARMS = {
@@ -79,7 +78,7 @@ ARMS = {
     "specialists_tuned": Arm("specialists, tuned from the best universal", "specialists", _TUNED, "half", "universal"),
     "projected": _projected("projected", family="Linear", z_dim=8),
     "projected_few_dims": _projected(
-        "projected, task vectors of 3 dimensions", {8: 1.4e-2}, smallest_only=True, family="Linear", z_dim=3
+        "projected, task vectors of 3 dimensions", {8: 1.4e-2}, only=0, family="Linear", z_dim=3
     ),
     "static_token": _projected(
         "over-parametrised universal (StaticToken)", {8: 1.4e-2, 16: 1e-2, 32: 7e-3}, family="Static"
@@ -121,7 +120,39 @@ DIRECT |= {
 }
 # of the notebook on stability: other generators over one and the same source
 STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True)}
-EVERY = ARMS | DIRECT | STABILITY
+# of the notebook on generators: one factor at a time around `projected`
+_OTHER_FAMILIES = ("Slice", "LowRank", "LowRankMLP", "Kronecker", "Orthonormal", "Mixture")
+FAMILIES = {f"family_{name}": _projected(f"{name} maps", max_seeds=3, family=name, z_dim=8) for name in _OTHER_FAMILIES}
+BANKS = {
+    f"bank_{name}": _projected(
+        f"{name} maps, random source, trained", max_seeds=3, family=name, z_dim=8, source_mode="random_trained"
+    )
+    for name in _OTHER_FAMILIES
+}
+_LINEAR: dict = dict(max_seeds=3, family="Linear")
+FACTORS = {
+    "layout_per_matrix": _projected("maps of its own for each matrix", z_dim=8, layout="per_matrix", **_LINEAR),
+    "p0_slice": _projected("start: slices of the source", z_dim=8, p0="slice", **_LINEAR),
+    "p0_random": _projected("start: random orthonormal", z_dim=8, p0="random", **_LINEAR),
+    "lambda_1": _projected("λ = 1", z_dim=8, source_weight=1.0, **_LINEAR),
+    "lambda_10": _projected("λ = 10", z_dim=8, source_weight=10.0, **_LINEAR),
+    "z_2": _projected("task vectors of 2 dimensions", z_dim=2, **_LINEAR),
+    "z_16": _projected("task vectors of 16 dimensions", z_dim=16, **_LINEAR),
+}
+ALONE = {f"alone_{i}": _projected(f"one size alone ({i})", only=i, z_dim=8, **_LINEAR) for i in range(3)}
+# of the notebook on the source: fewer layers than it has
+DEPTHS = {f"depth_{n}": _projected(f"projected to {n} layers", z_dim=8, n_layers=n, **_LINEAR) for n in (1, 2)}
+# of the notebook on conditionings: what the maps are told of a task
+CONDITIONED = {
+    f"told_{name}": _projected(words, z_dim=8, conditioning=name, **_LINEAR)
+    for name, words in (
+        ("NoID", "nothing"),
+        ("Features", "mean image features"),
+        ("Attributes", "the letters of its name"),
+        ("SupportSet", "some of its images"),
+    )
+}
+EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS | CONDITIONED
 
 
 class Study:
@@ -186,7 +217,8 @@ class Study:
     def _sizes(self, name: str) -> tuple[int, ...]:
         if EVERY[name].model == "source":
             return (self.profile.d_source,)
-        return self.sizes[:1] if EVERY[name].smallest_only else self.sizes
+        only = EVERY[name].only
+        return self.sizes if only is None else (self.sizes[only],)
 
     def _trials(self, name: str, powers: dict[int, list[int]]) -> dict[tuple[int, int], RunConfig]:
         """{(size, power): config}: rate = middle · FACTOR^power. Projections train all sizes in one run."""
@@ -210,7 +242,7 @@ class Study:
         while True:
             trials = {name: self._trials(name, powers[name]) for name in names}
             unique = list({c.key(): c for t in trials.values() for c in t.values()}.values())
-            runs = dict(zip([c.key() for c in unique], run_many(unique, f"sweep of {', '.join(names)}"), strict=True))
+            runs = dict(zip([c.key() for c in unique], run_many(unique, f"sweep of {_words(names)}"), strict=True))
             rows, again = [], False
             for name in names:
                 member = "source" if EVERY[name].model == "source" else None
@@ -255,8 +287,11 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------- seeds
 
-    def seeds(self, *names: str, test: bool = True) -> dict[str, list[Run]]:
-        """The runs of these arms over all seeds at their best rates; `universal` stands for the best one a size."""
+    def seeds(self, *names: str, test: bool = True, max_seeds: int | None = None) -> dict[str, list[Run]]:
+        """The runs of these arms over all seeds (at most `max_seeds`) at their best rates.
+
+        `universal` stands for the best one a size.
+        """
         configs: list[tuple[str, RunConfig]] = []
         for name in names:
             if name == "universal":
@@ -266,10 +301,15 @@ class Study:
                 parts = [(name, self.rates(name))]
             else:
                 parts = [(name, {s: lr}) for s, lr in self.rates(name).items()]
-            seeds = self.profile.seeds[: EVERY[name].max_seeds if name in EVERY else None]
+            seeds = self.profile.seeds[: EVERY[name].max_seeds if name in EVERY else None][:max_seeds]
             configs += [(name, self.config(arm, rates, seed)) for seed in seeds for arm, rates in parts]
-        runs = run_many([c for _, c in configs], f"seeds of {', '.join(names)}", test)
+        runs = run_many([c for _, c in configs], f"seeds of {_words(names)}", test)
         result: dict[str, list[Run]] = {name: [] for name in names}
         for (name, _), run in zip(configs, runs, strict=True):
             result[name].append(run)
         return result
+
+
+def _words(names: tuple[str, ...]) -> str:
+    """Arms as a line of progress names them."""
+    return ", ".join(names) if len(names) < 5 else f"{names[0]} and {len(names) - 1} other arms"

@@ -87,7 +87,9 @@ class Features(Conditioning):
 
     def __init__(self, n_tasks: int, z_dim: int, vectors: Tensor, fitted_on: Sequence[int] | None = None):
         super().__init__(n_tasks, z_dim)
-        vectors = torch.as_tensor(vectors, dtype=torch.float32)
+        vectors = (
+            torch.tensor(vectors, dtype=torch.float32) if not isinstance(vectors, Tensor) else vectors.float().clone()
+        )
         if vectors.dim() != 2 or len(vectors) != n_tasks or not vectors.isfinite().all():
             raise ValueError(
                 f"vectors of shape {tuple(vectors.shape)}; allowed: one of finite numbers a task, ({n_tasks}, F)"
@@ -161,7 +163,7 @@ class SupportSet(Conditioning):
             if not 1 <= n <= n_max:
                 raise ValueError(f"{name} asks for {n} images of a support of {n_max}; allowed: 1 to {n_max}")
         self.n_train, self.n_eval = tuple(n_train), n_eval
-        self.register_buffer("support", support)
+        self.register_buffer("support", support.clone())  # several sizes are given the same one
         self.tokens = nn.Parameter(torch.randn(vocab_size, width))
         self.positions = nn.Parameter(torch.randn(support.shape[2], width))
         self.register_buffer("center", torch.zeros(width))

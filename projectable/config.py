@@ -102,6 +102,17 @@ class Profile:
         """The same images with clusters as tasks."""
         return replace(self.data, tasks=f"clusters{self.n_clusters}")
 
+    @property
+    def text(self) -> Profile:
+        """The same with kinds of writing as tasks: characters instead of patches."""
+        n = 40 if self.name == "smoke" else 400
+        return replace(self, data=DataConfig("text", "kinds", vocab_size=96, val_per_class=n))
+
+    @property
+    def short(self) -> Profile:
+        """The same with half of the steps, for comparisons of many arms: all of them shortened alike."""
+        return replace(self, source_steps=self.source_steps // 2, joint_steps=self.joint_steps // 2)
+
 
 PROFILES = {
     "smoke": Profile(

@@ -149,8 +149,8 @@ def losses_between(model: Projectable, member: str, data: TaskData, fractions, p
         def mix(a: Tensor, b: Tensor, f=fraction) -> Tensor:
             return (1 - f) * a + f * b
 
-        told = [model.told(end) for end in ends]
-        told = {k: mix(told[0][k], told[1][k]) for k in told[0]}
+        both = [model.told(end) for end in ends]
+        told = {k: mix(both[0][k], both[1][k]) for k in both[0]}
         weights = model.projections[member](model.source.plain_weights(), told, mix(z(ends[0]), z(ends[1])))
         own, other = (task_losses(weights, tokens[end], model.shape.d_head) for end in ends)
         for t in range(data.n_tasks):

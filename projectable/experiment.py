@@ -23,7 +23,7 @@ from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ from .storage import (
     save_tensors,
     write_json,
 )
-from .tasks import TaskData, make_tasks
+from .tasks import TaskData, make_tasks, text
 from .tasks.codebook import Codebook
 from .tasks.images import content_key
 from .training import Outcome, split_losses, train
@@ -71,15 +71,20 @@ def _strings(value) -> Iterator[str]:
             yield from _strings(part)
 
 
+def _content(config: DataConfig) -> str:
+    """What data depend on that may change without their config: images in a folder, texts of installed packages."""
+    return text.versions() if config.dataset == "text" else content_key(config.dataset)
+
+
 def _data_code(config: DataConfig) -> str:
-    """A hash of what makes these data beside their config: the code, and the images in a folder."""
-    return content_key(config.dataset) + fingerprint([make_tasks], _strings(asdict(config)))
+    """A hash of what makes these data beside their config: the code, and their content."""
+    return _content(config) + fingerprint([make_tasks], _strings(asdict(config)))
 
 
 def _run_code(config: RunConfig) -> str:
     """A hash of what decides the numbers of a run beside its config: data, model, training, and those of its start."""
     decide = [untrained, train, RunConfig.shape, RunConfig.rates, make_tasks]
-    code = content_key(config.data.dataset)
+    code = _content(config.data)
     code += fingerprint(decide, _strings(asdict(config)), dict(config.options))
     return code + _run_code(config.start) if config.start is not None else code
 
@@ -108,7 +113,11 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
     tensors, about = load_tensors(path)
     names = tuple(about["task_names"])
     tokens = {s: [tensors[f"{s}.{t}"] for t in range(len(names))] for s in tasks.SPLITS}
-    book = Codebook(tensors["codes"].numpy(), about["patch"], about["height"], about["width"])
+    codes = tensors["codes"].numpy()
+    if config.dataset == "text":
+        book = cast(Codebook, text.Alphabet.from_codes(codes, about["width"]))
+    else:
+        book = Codebook(codes, about["patch"], about["height"], about["width"])
     return TaskData(about["name"], names, tokens, book, about["licence"], tuple(about["families"]))
 
 

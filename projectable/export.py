@@ -237,7 +237,8 @@ def export(
     data, model = data_for(run.config.data), run.model()
     task_id, member = data.task_id(task), _member(run, model.members, width)
     weights = model.weights(member, torch.tensor([task_id]))
-    shape, book = replace(model.shape, d_model=weights["qkv"].shape[-2]), data.codebook
+    n_layers, d_model = weights["qkv"].shape[-3:-1]
+    shape, book = replace(model.shape, d_model=d_model, n_layers=n_layers), data.codebook
     config = {
         "format": FORMAT,
         "version": VERSION,

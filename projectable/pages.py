@@ -99,14 +99,16 @@ def _is_literal(value: ast.expr) -> bool:
 
 
 def number(value) -> str:
-    """A number for people: 3 to 4 decimals, integers as they are, a dash for what is missing."""
+    """A value for people: 3 to 4 decimals, integers as they are, – for what is missing; true is `yes`, false blank."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if not isinstance(value, float):
-        return str(value)
+        return {"True": "yes", "False": ""}.get(str(value), str(value))
     size = abs(value)
+    if 10 <= size < 1e6 and value.is_integer():
+        return f"{value:,.0f}"
     if size >= 1e6 or 0 < size < 1e-3:
-        return f"{value:.2e}"
+        return f"{value:.2e}" if size >= 1e6 else f"{value:.2g}"
     return f"{value:.4f}" if size < 10 else f"{value:.3f}" if size < 1000 else f"{value:,.1f}"
 
 
@@ -230,6 +232,18 @@ def last_states(text: str) -> str:
     return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
 
 
+def tables(html: str, fold: int = 40) -> str:
+    """HTML whose tables a narrow screen can show: names break at underscores, long words get room, long tables fold."""
+    if "<table" not in html:
+        return html
+    html = re.sub(r"(<th\b[^>]*>)([^<]{9,})", lambda found: found[1] + found[2].replace("_", "_<wbr>"), html)
+    html = re.sub(r"(<td\b[^>]*>)([^<]{30,})", r'\1<div class="long">\2</div>', html)
+    rows = html.count("<tr") - 1
+    caption = re.search(r"<caption>([^<]+)", html)
+    words = f"{caption[1] if caption else 'table'} ({rows} rows)"
+    return f"<details><summary>{words}</summary>{html}</details>" if rows > fold else html
+
+
 def _tidy(nb):
     """A copy without title and error cells; streams are merged, progress bars in their last state."""
     import copy
@@ -237,6 +251,8 @@ def _tidy(nb):
     nb = copy.deepcopy(nb)
     nb.metadata.pop("widgets", None)
     nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
+    for cell in nb.cells:
+        cell.source = re.sub(r"(\d) %", "\\1\u00a0%", cell.source) if cell.cell_type == "markdown" else cell.source
     for cell in nb.cells:
         if cell.cell_type == "markdown" and cell.source.lstrip().startswith("# "):
             cell.source = cell.source.lstrip().partition("\n")[2]  # the page's header shows it
@@ -254,6 +270,9 @@ def _tidy(nb):
                 continue
             if output.output_type == "stream":
                 streams[output.name] = output
+            data = output.get("data", {})
+            if "text/html" in data:
+                data["text/html"] = tables(data["text/html"])
             outputs.append(output)
         for output in streams.values():
             output.text = last_states(output.text)
@@ -285,6 +304,33 @@ def notebook_html(nb, status: dict, folder: Path, previous: str | None = None, n
     return html
 
 
+PAPERS = ("headline", "source.kept", "transfer")  # ids of the paper's own claims begin so
+
+
+def claim_groups(claims: list[dict]) -> list[tuple[str, list[dict]]]:
+    """The paper's claims, then our own checks, each in the order of the notebooks; no group without any."""
+    papers = [claim for claim in claims if claim["id"].startswith(PAPERS)]
+    groups = [("The paper's claims", papers), ("Our own checks", [claim for claim in claims if claim not in papers])]
+    return [(heading, group) for heading, group in groups if group]
+
+
+def claim_families(claims: list[dict]) -> list[tuple[str, str, list[tuple[str, dict]]]]:
+    """Claims that differ in a width only, together: words, statistic, and (“width 8”, claim) of each."""
+    families: dict[str, list[dict]] = {}
+    for claim in claims:
+        families.setdefault(re.sub(r"\.(d\d+|\d+_\d+)$", "", claim["id"]), []).append(claim)
+    result = []
+    for members in families.values():
+        words, statistic = members[0]["claim"], members[0]["statistic"]
+        names = [""]
+        if len(members) > 1:
+            names = [f"width {re.sub(r'.*[.d]', '', claim['id']).replace('_', ' against ')}" for claim in members]
+            words = re.sub(r"(,? (of|at) )?width \d+( than at width \d+)?(?= |$|,)", "", words)
+            statistic = re.sub(r" at \d+", "", statistic)
+        result.append((words, statistic, list(zip(names, members, strict=True))))
+    return result
+
+
 def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures: Path, speed: list[dict]) -> str:
     """The index: headline figure, one row a claim, one row a notebook, one a benchmark (`speed`, if any was run)."""
     from jinja2 import Environment, FileSystemLoader
@@ -304,7 +350,7 @@ def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures:
         css=_css(),
         profile=profile,
         headline=data_uri(figures / "headline.png"),
-        claims=claims,
+        groups=claim_groups(claims),
         counts=[(verdict, verdicts.count(verdict)) for verdict in dict.fromkeys(verdicts)],
         notebooks=notebooks,
         thumbs=thumbs,

@@ -9,9 +9,10 @@ Notable:
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
 from projectable.evaluation import t_interval
 
@@ -71,14 +72,20 @@ def colour(arm: str) -> str:
 
 
 def looks(arms) -> dict[str, dict]:
-    """Line looks of several arms: colour by family, dash and marker by place among those of one colour."""
+    """Line looks of several arms: colour by family, dash and marker by place among those of one colour.
+
+    Where no arm belongs to a family each has a colour of its own.
+    """
+    arms = list(arms)
+    own = sns.color_palette("colorblind", max(len(arms), 1)).as_hex() if not any(map(family, map(str, arms))) else None
     places: dict[str, int] = {}
     result = {}
-    for arm in arms:
-        place = places.get(colour(arm), 0)
-        places[colour(arm)] = place + 1
+    for number, arm in enumerate(arms):
+        its = own[number] if own and len(arms) > 1 else colour(arm)
+        place = number if own else places.get(its, 0)
+        places[its] = place + 1
         result[arm] = {
-            "color": colour(arm),
+            "color": its,
             "linestyle": DASHES[place % len(DASHES)],
             "marker": MARKERS[place % len(MARKERS)],
         }
@@ -157,9 +164,12 @@ def _lines_over_size(df: pd.DataFrame, group: str, value: str, ylabel: str, summ
 
 
 @style()
-def loss_against_size(df: pd.DataFrame, source: float | None = None, ylabel: str = LOSS) -> Figure:
+def loss_against_size(
+    df: pd.DataFrame, source: float | None = None, ylabel: str = LOSS, xlabel: str | None = None
+) -> Figure:
     """Loss of each arm against size. `df`: arm, d_s, seed, loss. `source`: the large model's loss, a line."""
     fig, ax, entries = _lines_over_size(df, "arm", "loss", ylabel, None)
+    ax.set_xlabel(xlabel or SIZE)
     if source is not None:
         ax.axhline(source, color=FAMILIES["source"], lw=1.2, ls=(0, (6, 3)), label="source (large)")
         entries += 1
@@ -237,6 +247,49 @@ def loss_against_operations(df: pd.DataFrame) -> Figure:
 
 
 @style()
+def loss_against_parameters(df: pd.DataFrame) -> Figure:
+    """Loss against the parameters of the generators, a panel a size. `df`: family, d_s, maps, loss."""
+    sizes = sorted(df["d_s"].unique())
+    fig, axes = _panels(len(sizes), sharey=False)
+    colours = sns.color_palette("colorblind", df["family"].nunique())
+    for ax, size in zip(axes, sizes, strict=True):
+        for place, (name, part) in enumerate(df[df["d_s"] == size].groupby("family", sort=False)):
+            marker = MARKERS[place % len(MARKERS)]
+            ax.plot(part["maps"], part["loss"], marker, ms=8, color=colours[place], label=label_of(name))
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g}")
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.margins(x=0.15)
+        ax.set_xlabel("thousand parameters")
+        ax.set_title(f"width {size}")
+    axes[0].set_ylabel(LOSS)
+    _legend_below(fig, axes)
+    return fig
+
+
+@style()
+def changes(df: pd.DataFrame, xlabel: str) -> Figure:
+    """Gaps by change, a panel a size: seeds as points, means as bars. `df`: change, d_s, gap."""
+    sizes, names = sorted(df["d_s"].unique()), list(dict.fromkeys(df["change"]))
+    fig, axes = _panels(len(sizes), height=1.2 + 0.32 * len(names))
+    for ax, size in zip(axes, sizes, strict=True):
+        for place, name in enumerate(names):
+            gap = df[(df["change"] == name) & (df["d_s"] == size)]["gap"]
+            if len(gap):
+                better = FAMILIES["projected"] if gap.mean() >= 0 else FAMILIES["universal"]
+                ax.barh(place, gap.mean(), height=0.6, color=better, alpha=0.5)
+                ax.plot(gap, [place] * len(gap), "o", ms=3, color=better)
+        ax.axvline(0, color="#1D2430", lw=1)
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.set_yticks(range(len(names)), [label_of(name) for name in names])
+        ax.set_title(f"width {size}")
+    axes[0].invert_yaxis()
+    fig.supxlabel(xlabel, fontsize="medium")
+    return fig
+
+
+@style()
 def sweep_curves(df: pd.DataFrame) -> Figure:
     """Validation loss against learning rate. `df`: arm, d_s, lr, val_loss. An arm's best is ringed; one
     at an edge of its sweep, which would ask for a wider one, is crossed."""
@@ -260,11 +313,11 @@ def sweep_curves(df: pd.DataFrame) -> Figure:
 
 @style()
 def image_grid(images, row_labels=None) -> Figure:
-    """Grey images in [0, 1] as a grid. `images`: (rows, columns, height, width); a label a row."""
+    """Images in [0, 1] as a grid. `images`: (rows, columns, height, width), channels behind if any; a label a row."""
     images = np.asarray(images, dtype=float)
-    rows, columns, height, width = images.shape
+    rows, columns, height, width = images.shape[:4]
     gap = max(1, height // 14)
-    sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap))
+    sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, *images.shape[4:]))
     for row in range(rows):
         for column in range(columns):
             y, x = row * (height + gap), column * (width + gap)

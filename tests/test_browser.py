@@ -23,7 +23,7 @@ SEEN = """() => {
       !node.closest("details:not([open])") && !drawn(node)).map(node => node.outerHTML.slice(0, 200)),
     fractions: [...document.querySelectorAll("mfrac")].filter(node =>
       node.children[0].getBoundingClientRect().bottom > node.children[1].getBoundingClientRect().top + 1).length,
-    empty: [...document.querySelectorAll("details[open] > :not(summary)")].filter(node => !drawn(node)).length,
+    empty: [...document.querySelectorAll("details[open] > :not(summary, style)")].filter(node => !drawn(node)).length,
     folded: document.querySelectorAll("details:not([open])").length,
   };
 }"""

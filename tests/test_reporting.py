@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -269,9 +271,18 @@ def test_formula_that_cannot_be_converted_is_shown_as_code():
 
 
 def test_numbers_for_people():
-    shown = {0.123456: "0.1235", 12.3456: "12.346", 2e-5: "2.00e-05", 7: "7", 12345.6: "12,345.6", None: "–"}
+    shown = {
+        0.123456: "0.1235",
+        12.3456: "12.346",
+        2e-5: "2e-05",
+        -0.000988: "-0.00099",
+        7: "7",
+        12345.6: "12,345.6",
+        1234.0: "1,234",
+        None: "–",
+    }
     assert {value: pages.number(value) for value in shown} == shown
-    assert pages.number(float("nan")) == "–" and pages.number(True) == "True"
+    assert pages.number(float("nan")) == "–" and pages.number(True) == "yes" and pages.number(np.False_) == ""
     assert [pages.duration(s) for s in (None, 8, 200, 3900)] == ["", "8 s", "3 min 20 s", "1 h 05 min"]
     claim = {"value": 3.21, "ci_low": 3.0, "ci_high": 3.4}
     assert pages.interval(claim) == "3.210 [3.000, 3.400]"
@@ -288,14 +299,98 @@ def test_table_is_shown_with_few_decimals(project):
     assert (project / "reports/results/t.csv").read_text() == "n,x\n3,1.23457\n"
 
 
+def test_tables_fit_narrow_screens_and_long_ones_fold():
+    frame = pd.DataFrame({"matching_width": [1.0], "d_s": [8], "claim": ["a claim of more words than a phone is wide"]})
+    html = pages.tables(frame.to_html(index=False))
+    assert "<th>matching_<wbr>width</th>" in html and "<th>d_s</th>" in html and "<details" not in html
+    assert '<td><div class="long">a claim of more words than a phone is wide</div></td>' in html
+    long = pages.tables(pd.concat([frame] * 60).style.set_caption("Every trial.").to_html())
+    assert long.startswith("<details><summary>Every trial. (60 rows)</summary>") and long.endswith("</details>")
+    assert (
+        pages.tables("<p>more than thirty letters, no table_at_all</p>")
+        == "<p>more than thirty letters, no table_at_all</p>"
+    )
+
+
+def stored(folder: Path, *cells, name: str = "00_x") -> Path:
+    """A notebook of these cells."""
+    nbformat.write(new_notebook(cells=list(cells)), folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+def parameters(source: str):
+    return new_code_cell(source, metadata={"tags": ["parameters"]})
+
+
+GOOD = 'profile = "laptop"  # smoke, laptop or gpu\nsizes: list = [8, -16]'
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        ([new_code_cell("profile = 1")], "needs exactly one cell tagged `parameters`, has 0"),
+        ([parameters(GOOD), parameters("a = 1")], "needs exactly one cell tagged `parameters`, has 2"),
+        ([parameters("profile = ")], "line 1 of the parameters: invalid syntax"),
+        (
+            [parameters("profile = 'a'\nseeds = range(3)")],
+            r"`seeds = range\(3\)` among the parameters; allowed: name = lit",
+        ),
+        ([parameters("import os\nprofile = 'a'")], "`import os` among the parameters"),
+        ([parameters("profile = 'a'\nprofile += 'b'")], r"`profile \+= 'b'` among the parameters"),
+        ([parameters("a = b = 1")], "`a = b = 1` among the parameters"),
+        ([parameters("seeds = 1\nprofile = 'a'")], "the first parameter is seeds; allowed: profile"),
+        ([parameters("# nothing")], "the first parameter is missing; allowed: profile"),
+        (
+            [parameters(GOOD), new_code_cell("1", execution_count=3)],
+            "cell 2 is stored with its run; `jupyter nbconvert",
+        ),
+        (
+            [parameters(GOOD), new_code_cell("1", outputs=[new_output("stream", text="1")])],
+            "cell 2 is stored with its run",
+        ),
+    ],
+)
+def test_notebooks_unfit_to_be_stored_are_named(tmp_path, cells, words, capsys):
+    bad, good = stored(tmp_path, *cells), stored(tmp_path, parameters(GOOD), new_code_cell("1"), name="01_good")
+    with pytest.raises(ReportError, match=f"00_x.ipynb: {words}"):
+        pages.check_stored(bad)
+    result = CliRunner().invoke(__main__.cli, ["check", str(bad), str(good)])
+    assert result.exit_code == 1 and re.match(f"error: 00_x.ipynb: {words}", result.stderr)
+    assert "01_good" not in result.stderr
+    assert CliRunner().invoke(__main__.cli, ["check", str(good)]).exit_code == 0
+
+
+def test_what_strips_outputs_makes_a_notebook_fit(tmp_path):
+    hooks = (Path(reporting.__file__).parents[1] / ".pre-commit-config.yaml").read_text()
+    (command,) = re.findall(r"entry: jupyter (nbconvert .*)", hooks)
+    path = stored(tmp_path, parameters(GOOD), new_code_cell("1", execution_count=1))
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[1].outputs = [new_output("execute_result", {"text/plain": "1"}, execution_count=1)]
+    nbformat.write(nb, path)
+    done = subprocess.run([sys.executable, "-m", *command.split(), str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages.check_stored(path)
+
+
+def test_the_notebooks_are_fit_to_be_stored():
+    assert CliRunner().invoke(__main__.cli, ["check"]).exit_code == 0
+
+
 def test_readme_shows_every_claim_with_failures_as_visible(tmp_path, monkeypatch):
     monkeypatch.setenv("PROJECTABLE_ROOT", str(tmp_path))
     readme = tmp_path / "README.md"
     readme.write_text("# a\n\n<!-- claims: written by a program -->\nold\n<!-- /claims -->\n\nend\n")
-    claim = dict(claim="small wins", statistic="gap", value=-0.2, ci_low=-0.3, ci_high=-0.1, seeds=5)
-    reporting.write_json(tmp_path / "reports" / "claims.json", [claim | {"verdict": "not reproduced"}])
+    claim = dict(statistic="gap", value=-0.2, ci_low=-0.3, ci_high=-0.1, seeds=5)
+    claims = [
+        claim | {"id": f"{id}.d{s}", "claim": f"a model of width {s} wins", "verdict": verdict}
+        for id in ("conditioning.x", "headline")
+        for s, verdict in ((8, "reproduced"), (16, "not reproduced"))
+    ]
+    reporting.write_json(tmp_path / "reports" / "claims.json", claims)
     for _ in range(2):  # a second time changes nothing
         reporting.write_readme_claims()
     text = readme.read_text()
-    assert "| small wins | **not reproduced** | gap | -0.200 [-0.300, -0.100] | 5 |" in text
+    found = "width 8: reproduced, -0.200 [-0.300, -0.100]<br>width 16: **not reproduced**, -0.200 [-0.300, -0.100]"
+    assert text.count(f"| a model wins<br><sub>gap</sub> | {found} |") == 2
+    assert text.index("The paper's claims") < text.index("Our own checks")
     assert "old" not in text and text.startswith("# a\n") and text.endswith("<!-- /claims -->\n\nend\n")

@@ -94,7 +94,7 @@ def script(letter: str) -> str:
 def _master(letter: str, face: str, stroke: int = 0) -> Image.Image:
     """The letter in the middle of a canvas, (CANVAS, CANVAS), white on black, `stroke` pixels fatter on each side."""
     font = _font(face)
-    left, top, right, bottom = font.getbbox(letter, stroke_width=stroke)
+    left, top, right, bottom = map(int, font.getbbox(letter, stroke_width=stroke))
     image = Image.new("L", (max(1, right - left), max(1, bottom - top)))
     ImageDraw.Draw(image).text((-left, -top), letter, 255, font, stroke_width=stroke)
     room = (SIZE - 2) * FINE
@@ -171,9 +171,10 @@ def differences(letters: list[str]) -> np.ndarray:
 def letters(seed: int = 0) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The letters to train on, in a seeded order, and the held-out ones, script by script."""
     known = sorted(families_of(), key=lambda letter: script(letter) not in TRAIN_SCRIPTS)
-    near, kept = differences(known) < SAME_SHAPE, []
+    near = differences(known) < SAME_SHAPE
+    kept: list[int] = []
     for i in range(len(known)):
-        if not near[i, kept].any():
+        if not near[i][kept].any():
             kept.append(i)
     rng = np.random.default_rng([seed, 2])
     train = [known[i] for i in kept if script(known[i]) in TRAIN_SCRIPTS]

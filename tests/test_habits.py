@@ -1,0 +1,55 @@
+"""What contributors rely on: the lock file, the Makefile, the hooks."""
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_lock_file_fits_and_names_no_place():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = map(Requirement, project["dependencies"] + sum(project["optional-dependencies"].values(), []))
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.lstrip().startswith("#"))
+    for one in needed:
+        if one.name != project["name"]:
+            assert one.specifier.contains(pins[canonicalize_name(one.name)]), f"{one}: `make lock` renews the file"
+    assert not [line for line in lines if re.search(r"/|@|https?:|\+", line)]
+
+
+def make(folder: Path, *words: str) -> str:
+    done = subprocess.run(["make", "--no-print-directory", *words], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_make_help_lists_every_target():
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert re.findall(r"^  make ([a-z]+) +\w", make(ROOT, "help"), re.MULTILINE) == phony.split()
+    assert set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)) == set(phony.split())
+
+
+def test_make_clean_leaves_what_was_computed(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    kept = [tmp_path / name for name in ("runs/a/result.json", "reports/index.html", ".venv/bin/python")]
+    for path in [*kept, tmp_path / "build/laptop/00.ipynb", tmp_path / "tests/__pycache__/a.pyc"]:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    for folder in ("projectable", "notebooks"):
+        (tmp_path / folder).mkdir()
+    make(tmp_path, "clean")
+    assert all(path.exists() for path in kept)
+    assert not (tmp_path / "build").exists() and not (tmp_path / "tests/__pycache__").exists()
+
+
+def test_hooks_fetch_nothing():
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {repo["repo"] for repo in repos} == {"local"}
+    assert {hook["language"] for repo in repos for hook in repo["hooks"]} == {"system"}
