@@ -286,19 +286,17 @@ def run(
     same run train it once; the processes of a team read and write the same folder.
     """
     folder, team = folder_of(config), team or Team()
+    said = f"{folder.name} is being trained by another process: waiting for it"
     if not team.first(lambda: is_done(config)):
         if config.start is not None:
             run(config.start, report, stop, team)
-        with locked(folder.with_suffix(".lock"), _waiting(folder)) if team.rank == 0 else nullcontext():
+        lock = locked(folder.with_suffix(".lock"), lambda: print(said, file=sys.stderr))
+        with lock if team.rank == 0 else nullcontext():
             if not team.first(lambda: is_done(config)):
                 _train(config, folder, report, stop, team)
         if team.rank == 0:
             folder.with_suffix(".lock").unlink(missing_ok=True)
     return Run(config, folder)
-
-
-def _waiting(folder: Path) -> Callable[[], None]:
-    return lambda: print(f"{folder.name} is being trained by another process: waiting for it", file=sys.stderr)
 
 
 def _train(config: RunConfig, folder: Path, report: Report | None, stop: Callable[[], bool] | None, team: Team) -> None:
@@ -350,8 +348,10 @@ def _start_worker(queue, threads: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a worker does not outlive its parent
 
 
-def _work(config: RunConfig, folder: Path, test: bool) -> None:
-    """One run, in a worker or a job."""
+def _work(config: RunConfig, folder: Path, test: bool, threads: int = 0) -> None:
+    """One run, in a worker; or as a job on a cluster, on as many threads as beside others here: the same numbers."""
+    if threads:
+        torch.set_num_threads(threads)
     if folder_of(config) != folder:
         raise RuntimeError(
             f"code or images were changed while this process ran: start it again (a worker would write {folder})"
@@ -371,13 +371,6 @@ def _work(config: RunConfig, folder: Path, test: bool) -> None:
         run(config).test_losses()
 
 
-def _job(config: RunConfig, folder: Path, test: bool) -> None:
-    """One run, as a job on a cluster: on one thread, as beside others here, so that its numbers are the same."""
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-    _work(config, folder, test)
-
-
 @cache
 def _pool(runs: Path, executor: str = ""):
     """The workers for that folder of runs, kept between calls: importing torch takes longer than a small run.
@@ -388,8 +381,12 @@ def _pool(runs: Path, executor: str = ""):
         return Jobs(executor, runs / "jobs", workers()), SimpleQueue()
     context = get_context("spawn")
     queue = context.Queue()
-    threads = 1 if workers() > 1 else torch.get_num_threads()
-    return ProcessPoolExecutor(workers(), context, _start_worker, (queue, threads)), queue
+    return ProcessPoolExecutor(workers(), context, _start_worker, (queue, _threads())), queue
+
+
+def _threads() -> int:
+    """Threads of a run: one where several go side by side."""
+    return 1 if workers() > 1 else torch.get_num_threads()
 
 
 def workers() -> int:
@@ -428,7 +425,8 @@ def run_many(
     total = sum(rest.values())
     bar = tqdm(total=total / 1e9, unit="GMAC", desc=f"{words}, {len(order)} runs", mininterval=5, bar_format=BAR)
     pool, queue = _pool(runs_dir(), executor)
-    waiting = {pool.submit(_job if executor else _work, c, folder_of(c), test): folder_of(c) for c in order}
+    threads = _threads() if executor else 0
+    waiting = {pool.submit(_work, c, folder_of(c), test, threads): folder_of(c) for c in order}
     errors = []
     try:
         while waiting:

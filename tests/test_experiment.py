@@ -337,7 +337,7 @@ experiment.run(tiny(), slowly)
 
 
 @pytest.mark.slow
-def test_two_processes_that_want_the_same_run_train_it_once(universal, other_runs):
+def test_two_processes_that_want_the_same_run_train_it_once(universal, other_runs, capsys):
     with subprocess.Popen(
         [sys.executable, "-c", OTHER_PROCESS],
         cwd=root(),
@@ -352,7 +352,7 @@ def test_two_processes_that_want_the_same_run_train_it_once(universal, other_run
             assert other.stdout.read().split() == [str(i) for i in range(2, 41)] and other.wait() == 0
         finally:
             other.kill()
-    assert seen == []
+    assert seen == [] and f"{mine.folder.name} is being trained by another process: waiting" in capsys.readouterr().err
     assert mine.folder.parent == other_runs and mine.history == universal.history
 
 

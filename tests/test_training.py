@@ -15,6 +15,7 @@ from conftest import tiny, tiny_projectable
 from projectable import experiment
 from projectable.storage import DamagedFile, load_tensors, root
 from projectable.training import DivergedError, make_optimizer, schedule, split_losses, train
+from projectable.transformer import _losses as losses
 
 
 def trained(config, digits, model=None, **options):
@@ -269,6 +270,21 @@ def test_bfloat16_is_refused_where_it_does_not_pay(digits):
         trained(tiny(precision="bfloat16"), digits)
     with pytest.raises(ValueError, match="unknown precision 'float16'; allowed: float32, bfloat16"):
         tiny(precision="float16")
+
+
+@pytest.mark.parametrize("arm", ["universal", "projectable"])
+def test_in_bfloat16_the_weights_and_the_loss_stay_in_float32(digits, source, monkeypatch, arm):
+    """As on a GPU: the products of the forward pass are in bfloat16, and it learns the same, nearly."""
+    config = {"universal": tiny, "projectable": tiny_projectable}[arm]()
+    _, expected = trained(config, digits)
+    monkeypatch.setattr("projectable.training.autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
+    seen = []
+    monkeypatch.setattr("projectable.transformer._losses", lambda h, *rest: seen.append(h.dtype) or losses(h, *rest))
+    model, outcome = trained(config, digits)
+    assert set(seen) == {torch.float32} == {p.dtype for p in model.parameters()}
+    found = validation(outcome, "d8")
+    assert found != validation(expected, "d8")
+    assert found == pytest.approx(validation(expected, "d8"), abs=5e-3)
 
 
 # ------------------------------------------------------------------------------------------------------- diverged
