@@ -234,6 +234,8 @@ def export(
             raise ModelError(f"{folder} exists: choose another folder, or pass overwrite (--overwrite)")
         if not folder.is_dir() or {p.name for p in folder.iterdir()} - FILES:
             raise ModelError(f"{folder} holds more than an exported model: it is left alone")
+    if run.config.data.dataset == "text":
+        raise ValueError(f"{run.folder.name} models text; allowed: runs on images")
     data, model = data_for(run.config.data), run.model()
     task_id, member = data.task_id(task), _member(run, model.members, width)
     weights = model.weights(member, torch.tensor([task_id]))
