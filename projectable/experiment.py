@@ -108,7 +108,7 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
                     data = make_tasks(**asdict(config))
                 tensors = {f"{split}.{t}": x for split, xs in data.tokens.items() for t, x in enumerate(xs)}
                 book = data.codebook
-                about: dict = dict(
+                about: dict[str, Any] = dict(
                     name=data.name, task_names=data.task_names, licence=data.licence, families=data.families
                 )
                 about |= dict(patch=book.patch, height=book.height, width=book.width)
@@ -199,7 +199,7 @@ TELL: dict[str, Callable[[TaskData], Any]] = {  # what a conditioning may need t
 }
 
 
-MODELS: dict = {
+MODELS: dict[str, Callable[..., Model]] = {
     "source": _source,
     "universal": _universal,
     "distilled": _distilled,
