@@ -111,7 +111,7 @@ def fashion():
 @pytest.fixture(scope="module")
 def browser():
     """Chromium, driven by Playwright; skips where either is missing."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the extra `test`")
+    api = pytest.importorskip("playwright.sync_api", exc_type=ImportError, reason="no playwright: the extra `test`")
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not path:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
