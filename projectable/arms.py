@@ -8,7 +8,6 @@ loss is used for every seed. A choice between variants (the best conditioning) i
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pandas as pd
 
