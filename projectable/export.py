@@ -31,11 +31,10 @@ from torch import Tensor, nn
 
 from . import ONNX_EXTRA, ONNX_KEY, ONNX_SEAL, OnnxError, transformer
 from .config import DataConfig
-from .sampling import PLAIN_AXES, sample
 from .storage import DamagedFile, current_commit, draft_of, load_tensors, save_tensors, write_atomically
 from .tasks import SPLITS
 from .tasks.codebook import Codebook
-from .transformer import Shape, Weights, forward
+from .transformer import PLAIN_AXES, Shape, Weights, forward, sample
 
 if TYPE_CHECKING:
     from .experiment import Run
