@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
+from . import conditioning, generators
 from .config import Profile, RunConfig
 from .experiment import Run, operations, run_many
 
@@ -121,7 +122,7 @@ DIRECT |= {
 # of the notebook on stability: other generators over one and the same source
 STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True)}
 # of the notebook on generators: one factor at a time around `projected`
-_OTHER_FAMILIES = ("Slice", "LowRank", "LowRankMLP", "Kronecker", "Orthonormal", "Mixture")
+_OTHER_FAMILIES = [name for name in generators.FAMILIES if name not in ("Linear", "Static")]
 FAMILIES = {f"family_{name}": _projected(f"{name} maps", max_seeds=3, family=name, z_dim=8) for name in _OTHER_FAMILIES}
 BANKS = {
     f"bank_{name}": _projected(
@@ -143,14 +144,16 @@ ALONE = {f"alone_{i}": _projected(f"one size alone ({i})", only=i, z_dim=8, **_L
 # of the notebook on the source: fewer layers than it has
 DEPTHS = {f"depth_{n}": _projected(f"projected to {n} layers", z_dim=8, n_layers=n, **_LINEAR) for n in (1, 2)}
 # of the notebook on conditionings: what the maps are told of a task
+_TOLD = {
+    "NoID": "nothing",
+    "Features": "mean image features",
+    "Attributes": "the letters of its name",
+    "SupportSet": "some of its images",
+}
 CONDITIONED = {
-    f"told_{name}": _projected(words, z_dim=8, conditioning=name, **_LINEAR)
-    for name, words in (
-        ("NoID", "nothing"),
-        ("Features", "mean image features"),
-        ("Attributes", "the letters of its name"),
-        ("SupportSet", "some of its images"),
-    )
+    f"told_{name}": _projected(_TOLD.get(name, name), z_dim=8, conditioning=name, **_LINEAR)
+    for name in conditioning.CONDITIONINGS
+    if name != "LearnedID"
 }
 EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS | CONDITIONED
 

@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import sys
 import textwrap
+import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
 from functools import cache, partial
