@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import sys
 import textwrap
+import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
 from functools import cache, partial
@@ -203,7 +204,7 @@ def _definitions(source: str) -> dict[str, ast.Module]:
 def _tree_of(thing: Any) -> ast.Module:
     with contextlib.suppress(OSError, TypeError, KeyError):
         return _definitions(source_of(thing.__module__))[thing.__qualname__]
-    with contextlib.suppress(OSError, TypeError):
+    with contextlib.suppress(OSError, TypeError, tokenize.TokenError):
         source = textwrap.dedent(inspect.getsource(thing))
         for form in (source, f"{{{source}}}", repr(source)):  # a lambda comes with its line, an entry of a dict perhaps
             with contextlib.suppress(SyntaxError):

@@ -179,12 +179,16 @@ def loss_against_size(
 
 @style()
 def gap_against_size(
-    df: pd.DataFrame, summary: pd.DataFrame | None = None, ylabel: str = "gap (nats per token)"
+    df: pd.DataFrame,
+    summary: pd.DataFrame | None = None,
+    ylabel: str = "gap (nats per token)",
+    xlabel: str | None = None,
 ) -> Figure:
     """Paired gaps against size. `df`: comparison, d_s, seed, gap. `summary`, instead of t intervals:
     comparison, d_s, mean, ci_low, ci_high.
     """
     fig, ax, entries = _lines_over_size(df, "comparison", "gap", ylabel, summary)
+    ax.set_xlabel(xlabel or SIZE)
     ax.axhline(0, color="#1D2430", lw=1)
     _legend(ax, entries)
     return fig

@@ -1,5 +1,7 @@
 """Small real data and small trained models that the tests share; every run goes to a folder of this session."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,19 @@ def fashion():
     x, y, x_test, y_test = arrays
     pairs = ((x[..., None] / np.float32(255), y.astype(np.int64)), (x_test[..., None] / np.float32(255), y_test))
     return tasks.Images("fashion", "", images.FASHION_NAMES, *pairs)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, driven by Playwright; skips where either is missing."""
+    api = pytest.importorskip("playwright.sync_api", exc_type=ImportError, reason="no playwright: the extra `test`")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield chromium
+        chromium.close()
 
 
 def randomise(module: torch.nn.Module, std: float = 0.3, seed: int = 0) -> torch.nn.Module:

@@ -1,6 +1,5 @@
 """The pages as a reader sees them: opened from disk in headless Chromium, as wide as a desktop and as a phone."""
 
-import shutil
 from pathlib import Path
 
 import nbformat
@@ -27,19 +26,6 @@ SEEN = """() => {
     folded: document.querySelectorAll("details:not([open])").length,
   };
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, driven by Playwright; skips where either is missing."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the extra `test`")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not path:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield chromium
-        chromium.close()
 
 
 def look(browser, path: Path, screen: str) -> dict:
@@ -105,3 +91,24 @@ def test_a_page_with_all_that_is_too_wide(browser, screen, tmp_path, monkeypatch
     assert reporting.report("laptop") == 1
     for page in (f"{name}.html", "index.html"):
         look(browser, tmp_path / "reports" / page, screen)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<script>console.error('oh')</script>",
+        "<img src='http://localhost:9/a.png'>",
+        "<img src='data:image/png;base64,AAAA'>",
+        "<main><math></math></main>",
+        "<details><summary>code</summary><pre></pre></details><style>pre { display: none }</style>",
+        "<details><summary>code</summary><div style='width: 2000px'>wide</div></details>",
+        "<a href='gone.html'>gone</a>",
+    ],
+)
+def test_what_is_wrong_with_a_page_is_seen(browser, body, tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text(
+        f"<!doctype html><title>bad</title><meta name=viewport content='width=device-width'><h1>a</h1>{body}"
+    )
+    with pytest.raises(AssertionError):
+        look(browser, page, "phone")

@@ -24,6 +24,13 @@ def test_the_lock_file_fits_and_names_no_place():
     assert not [line for line in lines if re.search(r"/|@|https?:|\+", line)]
 
 
+def test_the_documents_name_files_that_exist():
+    there = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for name in re.findall(r"`([\w/]+\.py)`", (ROOT / document).read_text()):
+            assert any(f"/{path}".endswith(f"/{name}") for path in there), f"{document}: {name}"
+
+
 def make(folder: Path, *words: str) -> str:
     done = subprocess.run(["make", "--no-print-directory", *words], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

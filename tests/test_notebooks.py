@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from test_browser import look
 
 from projectable import reporting
 from projectable.arms import ARMS
@@ -50,6 +51,11 @@ def test_pages_need_nothing_from_outside(reports):
         outside = {a or b for a, b in loaded if not (a or b).startswith(("data:", "#")) and "://" in (a or b)}
         assert outside <= {"https://arxiv.org/abs/2506.05641"}, page.name
         assert "<script src" not in html and "@import" not in html
+
+
+def test_pages_are_seen_on_a_phone(reports, browser):
+    for page in sorted(reports.glob("*.html")):
+        look(browser, page, "phone")
 
 
 def test_quickstart_makes_a_model_smaller_than_its_source(reports):

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from sklearn.datasets import load_digits
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -25,6 +26,20 @@ def test_the_ten_lines_of_python_work_on_somebodys_images(other_runs, monkeypatc
     exec(compile(code, "README.md", "exec"), names)
     assert names["images"].shape == (8, 8, 8, 1)
     assert 0 <= names["images"].min() and names["images"].max() <= 1
+
+
+def test_the_generator_that_it_shows_is_one(monkeypatch):
+    from projectable import generators
+
+    (code,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    monkeypatch.setattr(generators, "FAMILIES", dict(generators.FAMILIES))
+    exec(compile(code, "README.md", "exec"), dict(vars(generators)) | {"family": generators.family})
+    base, z = torch.randn(2, 6, 3), torch.randn(4, 5)
+    made = generators.make_generator("Shifted", base, 5)
+    assert torch.equal(made(z), base.expand(4, -1, -1, -1))  # the task term starts at zero
+    torch.nn.init.normal_(made.shifts)
+    moved = made(z) - base
+    assert moved.std(0).min() > 0 and torch.allclose(moved, moved[..., :1].expand_as(moved), atol=1e-6)
 
 
 def test_every_make_target_that_it_names_exists():
