@@ -114,7 +114,8 @@ def train(config: str, executor: str | None) -> None:
                 stop.end()
         except KeyboardInterrupt:
             if team.rank == 0:
-                click.echo(f"stopped{said}: the same command goes on from there", err=True)
+                where = "there" if said else "the last checkpoint"
+                click.echo(f"stopped{said}: the same command goes on from {where}", err=True)
             sys.exit(128 + (stop.signal or signal.SIGINT))
         if team.rank == 0:
             click.echo(experiment.folder_of(wanted))

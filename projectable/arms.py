@@ -310,6 +310,115 @@ class Study:
         return result
 
 
+@dataclass(frozen=True)
+class FewArm:
+    """One way to a model of a new task from a few images of it. `lr`: the middle of its sweep, by size."""
+
+    words: str
+    model: str
+    base: str  # the arm that was trained on other tasks, or `universal`: the best one of the size; empty: none
+    lr: dict[int, float]
+    tune: str = ""  # of the model `adapted`
+    after: str = ""  # the FewArm from whose run it goes on, specialists from its small models
+
+
+FEW = {
+    "projected_vector": FewArm("projected, task vector tuned", "adapted", "projected", {8: 5e-2}, "vector"),
+    "projected_maps": FewArm("projected, maps tuned", "adapted", "projected", {8: 5e-2}, "maps"),
+    "projected_model": FewArm(
+        "projected, then small model tuned", "specialists", "projected", {8: 2e-3}, after="projected_vector"
+    ),
+    "universal_vector": FewArm("universal, task embedding tuned", "adapted", "universal", {8: 1e-1}, "vector"),
+    "universal_maps": FewArm("universal, all of it tuned", "adapted", "universal", {8: 5e-3}, "maps"),
+    "universal_model": FewArm(
+        "universal, then one model a task tuned", "specialists", "universal", {8: 2e-3}, after="universal_vector"
+    ),
+    "scratch": FewArm("specialists from scratch", "specialists", "", {8: 2e-2, 16: 1e-2, 32: 5e-3}),
+    "random_vector": FewArm("random source, task vector tuned", "adapted", "bank_trained", {8: 5e-2}, "vector"),
+}
+
+
+class Scarce:
+    """New tasks with n images of each, after a study of other tasks: the arms of `FEW`, swept and run over seeds.
+
+    A seed also draws the images; a fifth of them, at least one a task, choose the step and the learning rate.
+    """
+
+    def __init__(self, study: Study, tasks: str, n: int, steps: int):
+        self.study, self.tasks, self.n, self.steps = study, tasks, n, steps
+        self._rates: dict[tuple[str, int], float] = {}
+
+    def _base(self, name: str, size: int, seed: int) -> RunConfig | None:
+        if not name:
+            return None
+        if name == "universal":
+            name = self.study.best_universal(size)
+            return self.study.config(name, {size: self.study.rates(name)[size]}, seed)
+        return self.study.config(name, self.study.rates(name), seed)
+
+    def config(self, name: str, size: int, lr: float, seed: int) -> RunConfig:
+        """The run of an arm, a size, a learning rate and a seed."""
+        arm, p = FEW[name], self.study.profile
+        start = self._base(arm.base, size, seed)
+        if arm.after:
+            start = self.config(arm.after, size, self.rate(arm.after, size), seed)
+        return RunConfig(
+            arm.model,
+            replace(self.study.data, tasks=f"{self.tasks}-few{self.n}-s{seed}"),
+            p.d_source,
+            p.n_layers,
+            (size,),
+            (lr,),
+            self.steps,
+            seed,
+            tasks_per_step=p.tasks_per_step,
+            images_per_task=p.images_per_task,
+            warmup=10,
+            eval_every=max(1, self.steps // 20),
+            val_images=0,
+            patience=5,
+            options=(("tune", arm.tune),) if arm.tune else (),
+            start=start,
+        )
+
+    def sweep(self, *names: str) -> pd.DataFrame:
+        """Every trial of these arms: arm, n, d_s, lr, val_loss, best. Trains what is missing."""
+        seed, k = self.study.profile.seeds[0], self.study.profile.trials
+        powers = [i - (k - 1) // 2 for i in range(k)]
+        keys, configs = [], []
+        for name in names:
+            for size in self.study.sizes:
+                middle = FEW[name].lr[max(s for s in FEW[name].lr if s <= size)]
+                for power in powers:
+                    lr = float(f"{middle * 3.0**power:.2g}")
+                    keys.append(dict(arm=name, n=self.n, d_s=size, lr=lr))
+                    configs.append(self.config(name, size, lr, seed))
+        runs = run_many(configs, f"{self.n} images of a new task, sweep of {_words(names)}")
+        rows = [key | dict(val_loss=r.result["val"][f"d{key['d_s']}"]) for key, r in zip(keys, runs, strict=True)]
+        table = pd.DataFrame(rows)
+        table["best"] = table.val_loss == table.groupby(["arm", "d_s"]).val_loss.transform("min")
+        return table
+
+    def rate(self, name: str, size: int) -> float:
+        """The best learning rate of an arm and size, from its sweep."""
+        if (name, size) not in self._rates:
+            best = self.sweep(name).query("best").drop_duplicates("d_s").set_index("d_s").lr
+            self._rates |= {(name, s): lr for s, lr in best.items()}
+        return self._rates[name, size]
+
+    def seeds(self, *names: str, max_seeds: int = 3) -> dict[str, list[Run]]:
+        """The runs of these arms and all sizes over seeds, tested."""
+        where = [
+            (name, seed, s) for name in names for seed in self.study.profile.seeds[:max_seeds] for s in self.study.sizes
+        ]
+        configs = [self.config(name, s, self.rate(name, s), seed) for name, seed, s in where]
+        runs = run_many(configs, f"{self.n} images of a new task, seeds of {_words(names)}", test=True)
+        result: dict[str, list[Run]] = {name: [] for name in names}
+        for (name, _, _), run in zip(where, runs, strict=True):
+            result[name].append(run)
+        return result
+
+
 def _words(names: tuple[str, ...]) -> str:
     """Arms as a line of progress names them."""
     return ", ".join(names) if len(names) < 5 else f"{names[0]} and {len(names) - 1} other arms"

@@ -118,6 +118,24 @@ class Universal(Model):
         return w
 
 
+def for_new_tasks(base: Universal, n_tasks: int, tune: str = "vector") -> Universal:
+    """A trained universal model for tasks that it does not know, told of each what it is told of its own on average.
+
+    `tune`: `vector`, only what it is told of a task learns; `maps`, all of it. Raises ValueError for another.
+    """
+    if tune not in ("vector", "maps"):
+        raise ValueError(f"unknown tune {tune!r}; allowed: vector, maps")
+    model = Universal(base.shape, n_tasks, base.conditioning)
+    table = "film" if base.conditioning == "film" else "task_embedding"
+    state = base.state_dict()
+    mean = state[table].mean(0, keepdim=True)
+    model.load_state_dict(state | {table: mean.repeat(n_tasks, *[1] * (mean.dim() - 1))})
+    if tune == "vector":
+        model.requires_grad_(False)
+        getattr(model, table).requires_grad_(True)
+    return model
+
+
 def modulated(w: Weights, scale: Tensor, shift: Tensor, layers: int) -> Weights:
     """Weights that read scale ⊙ x + shift: (diag(scale) W, shift W). scale, shift (T, 2L+1, d)."""
     w = dict(w)

@@ -109,6 +109,12 @@ class Profile:
         return replace(self, data=DataConfig("text", "kinds", vocab_size=96, val_per_class=n))
 
     @property
+    def glyphs(self) -> Profile:
+        """The same with letters as tasks; others are held out (tasks `heldout`)."""
+        tasks = "train16" if self.name == "smoke" else "train256"
+        return replace(self, data=replace(self.data, dataset="glyphs", tasks=tasks, patch=4, val_per_class=20))
+
+    @property
     def short(self) -> Profile:
         """The same with half of the steps, for comparisons of many arms: all of them shortened alike."""
         return replace(self, source_steps=self.source_steps // 2, joint_steps=self.joint_steps // 2)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from . import tasks
-from .baselines import Distilled, Model, Specialists, Universal
+from .baselines import Distilled, Model, Specialists, Universal, for_new_tasks
 from .conditioning import CONDITIONINGS
 from .config import DataConfig, RunConfig
 from .fingerprint import fingerprint
 from .parallel import Jobs, Team
-from .projection import Projectable
+from .projection import Adapted, Projectable
 from .storage import (
     DamagedFile,
     current_commit,
@@ -46,7 +46,7 @@ from .storage import (
     save_tensors,
     write_json,
 )
-from .tasks import TaskData, make_tasks, text
+from .tasks import FEW, TaskData, few, make_tasks, text
 from .tasks.codebook import Codebook
 from .tasks.images import content_key
 from .training import Outcome, split_losses, train
@@ -102,10 +102,13 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
-                data = make_tasks(**asdict(config))
+                if scarce := FEW.fullmatch(config.tasks):  # of the whole set, which is kept, too
+                    data = few(data_for(replace(config, tasks=scarce[1])), int(scarce[2]), int(scarce[3] or 0))
+                else:
+                    data = make_tasks(**asdict(config))
                 tensors = {f"{split}.{t}": x for split, xs in data.tokens.items() for t, x in enumerate(xs)}
                 book = data.codebook
-                about: dict = dict(
+                about: dict[str, Any] = dict(
                     name=data.name, task_names=data.task_names, licence=data.licence, families=data.families
                 )
                 about |= dict(patch=book.patch, height=book.height, width=book.width)
@@ -164,6 +167,14 @@ def _tuned(config: RunConfig, data: TaskData, start: Projectable) -> Model:
     return Specialists(config.shape(data.codebook.length, size), data.n_tasks, weights)
 
 
+def _adapted(config: RunConfig, data: TaskData, start: Model, tune: str = "vector") -> Model:
+    if isinstance(start, Universal):
+        return for_new_tasks(start, data.n_tasks, tune)
+    support = data.first("train", 16)
+    assert isinstance(start, Projectable)
+    return Adapted(start, data.n_tasks, config.sizes, support, tune)
+
+
 def _projectable(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
     kind = CONDITIONINGS.get(options.get("conditioning", "LearnedID"))
     told = {need: TELL[need](data) for need in kind.needs} if kind is not None else None
@@ -177,7 +188,7 @@ def _tell_vectors(data: TaskData) -> torch.Tensor:
 
     tokens = data.first("train", 50)
     images = data.codebook.decode(tokens.flatten(0, 1).numpy())
-    return image_features(images, folder=runs_dir()).view(data.n_tasks, tokens.shape[1], -1).mean(1)
+    return image_features(images, size=96, folder=runs_dir()).view(data.n_tasks, tokens.shape[1], -1).mean(1)
 
 
 TELL: dict[str, Callable[[TaskData], Any]] = {  # what a conditioning may need to be told of the tasks
@@ -188,12 +199,13 @@ TELL: dict[str, Callable[[TaskData], Any]] = {  # what a conditioning may need t
 }
 
 
-MODELS: dict = {
+MODELS: dict[str, Callable[..., Model]] = {
     "source": _source,
     "universal": _universal,
     "distilled": _distilled,
     "specialists": _specialists,
     "tuned": _tuned,  # specialists that start from projected models
+    "adapted": _adapted,  # a projectable or universal model for tasks that it has not seen
     "projectable": _projectable,
 }
 
@@ -263,7 +275,8 @@ def _blank(config: RunConfig, data: TaskData) -> Model:
     if config.model == "distilled":  # a universal model; only its training asked the teacher
         options = tuple((k, v) for k, v in config.options if k != "share")
         config = config.with_(model="universal", options=options, start=None)
-    return untrained(config, data, _blank(config.start, data) if config.start is not None else None)
+    start = _blank(config.start, data_for(config.start.data)) if config.start is not None else None
+    return untrained(config, data, start)
 
 
 def folder_of(config: RunConfig) -> Path:
@@ -306,11 +319,18 @@ def _train(config: RunConfig, folder: Path, report: Report | None, stop: Callabl
     model = build(config, data)
     if torch.cuda.is_available():
         model.to("cuda")
-    team.first(lambda: write_json(folder / "config.json", asdict(config)))
+    team.first(lambda: _prepare(config, folder))
     checkpoint = folder / "checkpoint.safetensors"
     outcome = train(model, data, config, checkpoint, report, stop=stop, team=team)
     team.first(lambda: _keep(config, folder, model, outcome, team.size))
     checkpoint.unlink(missing_ok=True)
+
+
+def _prepare(config: RunConfig, folder: Path) -> None:
+    """Write what is trained, and clear away what a killed process was writing."""
+    write_json(folder / "config.json", asdict(config))
+    for draft in folder.glob(".*"):
+        draft.unlink()
 
 
 def _keep(config: RunConfig, folder: Path, model: Model, outcome: Outcome, processes: int) -> None:

@@ -31,11 +31,10 @@ from torch import Tensor, nn
 
 from . import ONNX_EXTRA, ONNX_KEY, ONNX_SEAL, OnnxError, transformer
 from .config import DataConfig
-from .sampling import PLAIN_AXES, sample
 from .storage import DamagedFile, current_commit, draft_of, load_tensors, save_tensors, write_atomically
 from .tasks import SPLITS
 from .tasks.codebook import Codebook
-from .transformer import Shape, Weights, forward
+from .transformer import PLAIN_AXES, Shape, Weights, forward, sample
 
 if TYPE_CHECKING:
     from .experiment import Run
@@ -234,6 +233,8 @@ def export(
             raise ModelError(f"{folder} exists: choose another folder, or pass overwrite (--overwrite)")
         if not folder.is_dir() or {p.name for p in folder.iterdir()} - FILES:
             raise ModelError(f"{folder} holds more than an exported model: it is left alone")
+    if run.config.data.dataset == "text":
+        raise ValueError(f"{run.folder.name} models text; allowed: runs on images")
     data, model = data_for(run.config.data), run.model()
     task_id, member = data.task_id(task), _member(run, model.members, width)
     weights = model.weights(member, torch.tensor([task_id]))

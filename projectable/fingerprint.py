@@ -154,8 +154,10 @@ class _Code:
 def _read(thing: Any) -> _Code:
     """The code of a function or class; of one whose source nobody has (typed in, say) its name alone."""
     tree = _tree_of(thing)
-    default_of: dict[int, str] = {}
-    compared, strings, names, imports = set(), [], set(), []
+    default_of: dict[int, str] = {}  # by the id of its node, the parameter that a default belongs to
+    strings: list[tuple[int, str]] = []
+    names: set[tuple[str, ...]] = set()
+    compared, imports = set(), []
     for node in ast.walk(tree):
         if isinstance(node, ast.arguments):
             last = (node.posonlyargs + node.args)[-len(node.defaults) :] if node.defaults else []
@@ -164,51 +166,51 @@ def _read(thing: Any) -> _Code:
         elif isinstance(node, ast.Compare):  # chooses nothing
             compared |= {id(part) for part in ast.walk(node)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            strings.append(node)
+            strings.append((id(node), node.value))
         elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").partition(".")[0] == PACKAGE):
             package = getattr(sys.modules.get(thing.__module__), "__package__", None) or PACKAGE
             origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             imports += [(alias.asname or alias.name, origin, alias.name) for alias in node.names]
         elif isinstance(node, ast.Name | ast.Attribute):
             names.add(_dotted(node))
+    found = tuple((word, default_of.get(node)) for node, word in strings if node not in compared)
+    plain = sorted(parts for parts in names if parts and not parts[0].startswith("__"))  # no __file__: it is a place
     text = f"{thing.__qualname__}: {ast.unparse(tree)}"
-    found: Any = tuple((node.value, default_of.get(id(node))) for node in strings if id(node) not in compared)
-    return _Code(
-        text,
-        found,
-        tuple(sorted(n for n in names if n and not n[0].startswith("__"))),
-        tuple(imports),
-        thing.__module__,
-    )
+    return _Code(text, found, tuple(plain), tuple(imports), thing.__module__)
 
 
-def _dotted(node: Any) -> tuple[str, ...]:
+def _dotted(node: ast.AST) -> tuple[str, ...]:
     if isinstance(node, ast.Name):
         return (node.id,)
-    before = _dotted(node.value) if isinstance(node, ast.Attribute) else ()
-    return (*before, node.attr) if before else ()
+    if isinstance(node, ast.Attribute) and (before := _dotted(node.value)):
+        return (*before, node.attr)
+    return ()
 
 
 @cache
-def _definitions(source: str) -> dict[str, ast.AST]:
+def _definitions(source: str) -> dict[str, ast.Module]:
     """Functions and classes of a module by qualified name, bare."""
 
-    def walk(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.AST]]:
+    def walk(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.Module]]:
         for node in body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                yield prefix + node.name, node
+                yield prefix + node.name, ast.Module([node], [])
                 yield from walk(node.body, f"{prefix}{node.name}.")
 
     return dict(walk(_Bare().visit(ast.parse(source)).body, ""))
 
 
-def _tree_of(thing: Any) -> Any:
+def _tree_of(thing: Any) -> ast.Module:
     with contextlib.suppress(OSError, TypeError, KeyError):
         return _definitions(source_of(thing.__module__))[thing.__qualname__]
-    with contextlib.suppress(OSError, TypeError, SyntaxError):
-        return _Bare().visit(ast.parse(textwrap.dedent(inspect.getsource(thing))))
+    with contextlib.suppress(OSError, TypeError):
+        source = textwrap.dedent(inspect.getsource(thing))
+        for form in (source, f"{{{source}}}", repr(source)):  # a lambda comes with its line, an entry of a dict perhaps
+            with contextlib.suppress(SyntaxError):
+                return _Bare().visit(ast.parse(form))
     if isinstance(thing, type):  # of a notebook, which keeps the sources of functions only
-        return ast.Module([_tree_of(part) for part in vars(thing).values() if isinstance(part, FunctionType)], [])
+        parts = [part for part in vars(thing).values() if isinstance(part, FunctionType)]
+        return ast.Module([node for part in parts for node in _tree_of(part).body], [])
     return ast.parse("")
 
 

@@ -304,6 +304,33 @@ def notebook_html(nb, status: dict, folder: Path, previous: str | None = None, n
     return html
 
 
+PAPERS = ("headline", "source.kept", "transfer")  # ids of the paper's own claims begin so
+
+
+def claim_groups(claims: list[dict]) -> list[tuple[str, list[dict]]]:
+    """The paper's claims, then our own checks, each in the order of the notebooks; no group without any."""
+    papers = [claim for claim in claims if claim["id"].startswith(PAPERS)]
+    groups = [("The paper's claims", papers), ("Our own checks", [claim for claim in claims if claim not in papers])]
+    return [(heading, group) for heading, group in groups if group]
+
+
+def claim_families(claims: list[dict]) -> list[tuple[str, str, list[tuple[str, dict]]]]:
+    """Claims that differ in a width only, together: words, statistic, and (“width 8”, claim) of each."""
+    families: dict[str, list[dict]] = {}
+    for claim in claims:
+        families.setdefault(re.sub(r"\.(d\d+|\d+_\d+)$", "", claim["id"]), []).append(claim)
+    result = []
+    for members in families.values():
+        words, statistic = members[0]["claim"], members[0]["statistic"]
+        names = [""]
+        if len(members) > 1:
+            names = [f"width {re.sub(r'.*[.d]', '', claim['id']).replace('_', ' against ')}" for claim in members]
+            words = re.sub(r"(,? (of|at) )?width \d+( than at width \d+)?(?= |$|,)", "", words)
+            statistic = re.sub(r" at \d+", "", statistic)
+        result.append((words, statistic, list(zip(names, members, strict=True))))
+    return result
+
+
 def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures: Path, speed: list[dict]) -> str:
     """The index: headline figure, one row a claim, one row a notebook, one a benchmark (`speed`, if any was run)."""
     from jinja2 import Environment, FileSystemLoader
@@ -323,7 +350,7 @@ def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures:
         css=_css(),
         profile=profile,
         headline=data_uri(figures / "headline.png"),
-        claims=claims,
+        groups=claim_groups(claims),
         counts=[(verdict, verdicts.count(verdict)) for verdict in dict.fromkeys(verdicts)],
         notebooks=notebooks,
         thumbs=thumbs,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,7 +56,7 @@ class Torchrun(Team):
         self.device = torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")
 
     def losses(self, model: nn.Module) -> Losses:
-        # every step has the same graph; what no loss reaches (IDs beside Static maps) has no gradient, as in one
+        # all steps have the same graph; what no loss reaches (IDs beside Static maps) has no gradient, as ever
         return DistributedDataParallel(_Losses(model), static_graph=True)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -176,8 +177,8 @@ class Jobs:
         try:
             return job.result()
         except (FailedJobError, UncompletedJobError) as error:
-            said = [line for line in str(error).splitlines() if line.strip() and not line.startswith("-")]
-            raise RuntimeError(f"job {job.job_id}: {said[-1].strip()} (see {job.paths.stderr})") from None
+            parts = re.split(r"\n-{5,}\n", str(error))  # words, the job's trace, where its logs lie
+            raise RuntimeError(f"job {job.job_id}: {parts[min(1, len(parts) - 1)].strip().splitlines()[-1]}") from None
         finally:
             self.jobs.discard(job)
 

@@ -179,12 +179,16 @@ def loss_against_size(
 
 @style()
 def gap_against_size(
-    df: pd.DataFrame, summary: pd.DataFrame | None = None, ylabel: str = "gap (nats per token)"
+    df: pd.DataFrame,
+    summary: pd.DataFrame | None = None,
+    ylabel: str = "gap (nats per token)",
+    xlabel: str | None = None,
 ) -> Figure:
     """Paired gaps against size. `df`: comparison, d_s, seed, gap. `summary`, instead of t intervals:
     comparison, d_s, mean, ci_low, ci_high.
     """
     fig, ax, entries = _lines_over_size(df, "comparison", "gap", ylabel, summary)
+    ax.set_xlabel(xlabel or SIZE)
     ax.axhline(0, color="#1D2430", lw=1)
     _legend(ax, entries)
     return fig
@@ -313,11 +317,11 @@ def sweep_curves(df: pd.DataFrame) -> Figure:
 
 @style()
 def image_grid(images, row_labels=None) -> Figure:
-    """Grey images in [0, 1] as a grid. `images`: (rows, columns, height, width); a label a row."""
+    """Images in [0, 1] as a grid. `images`: (rows, columns, height, width), channels behind if any; a label a row."""
     images = np.asarray(images, dtype=float)
-    rows, columns, height, width = images.shape
+    rows, columns, height, width = images.shape[:4]
     gap = max(1, height // 14)
-    sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap))
+    sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, *images.shape[4:]))
     for row in range(rows):
         for column in range(columns):
             y, x = row * (height + gap), column * (width + gap)

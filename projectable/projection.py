@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .baselines import Model, Universal, modulated
-from .conditioning import make_conditioning
+from .conditioning import SupportSet, make_conditioning
 from .generators import make_generator
 from .transformer import Shape, Weights, hidden
 
@@ -299,3 +299,49 @@ def redraw_inner_weights(source: Universal, seed: int) -> None:
         w = source.plain[name]
         std = w.std((1, 2), keepdim=True)
         w.copy_(torch.randn(w.shape, generator=generator) * std)
+
+
+class Adapted(Model):
+    """A trained source and its projections, told of new tasks by a few images of each.
+
+    The source is frozen. `tune` says what learns: `vector`, the new tasks' vectors and what the source is told of them
+    (its additive embedding c); `maps`, the generators as well, for all new tasks together. Vectors start where the base
+    puts them: at what its encoder makes of `support` (T, n, N), else at the mean of the tasks that it knows.
+    """
+
+    def __init__(self, base: Projectable, n_tasks: int, sizes: tuple[int, ...], support: Tensor, tune: str = "vector"):
+        super().__init__()
+        if tune not in ("vector", "maps"):
+            raise ValueError(f"unknown tune {tune!r}; allowed: vector, maps")
+        if base.source.conditioning != "additive":
+            raise ValueError(
+                f"a source with {base.source.conditioning!r} conditioning; allowed for new tasks: additive"
+            )
+        self.base, self.shape = base.requires_grad_(False), base.shape
+        self.members = tuple(f"d{s}" for s in sizes)
+        self.vectors, self.told = nn.ParameterDict(), nn.ParameterDict()
+        for member in self.members:
+            known = base.conditioning[member]
+            with torch.no_grad():
+                if isinstance(known, SupportSet):
+                    start = known.encode(support[:, : known.n_eval])
+                else:
+                    start = known(torch.arange(base.n_tasks)).mean(0, keepdim=True).expand(n_tasks, -1)
+            self.vectors[member] = nn.Parameter(start.clone())
+            self.told[member] = nn.Parameter(base.source.task_embedding.mean(0, keepdim=True).repeat(n_tasks, 1))
+            self.told[member].requires_grad_(base.use_task_embedding)
+            base.projections[member].requires_grad_(tune == "maps")
+
+    def weights(self, member: str, task_ids: Tensor) -> Weights:
+        plain = self.base.source.plain_weights()
+        told = {"positions": plain["positions"] + self.told[member][task_ids].unsqueeze(1)}
+        return self.base.projections[member](plain, told, self.vectors[member][task_ids])
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        parts = {m: [self.vectors[m], self.told[m], *self.base.projections[m].parameters()] for m in self.members}
+        return {name: [p for p in ps if p.requires_grad] for name, ps in parts.items()}
+
+    def rate_factor(self, name: str) -> float:
+        """Maps learn a hundred times slower than the vectors, whose entries are near 1."""
+        part, _, rest = name.partition(".")
+        return 1.0 if part != "base" else 0.01 * self.base.rate_factor(rest)

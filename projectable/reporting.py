@@ -329,13 +329,20 @@ def write_readme_claims() -> None:
     claims = _read_json(reports_dir("laptop") / "claims.json", [])
     if not (mark and end and claims):
         return
-    rows = ["| claim | verdict | statistic | value [95 % interval] | seeds |", "|---|---|---|---|---|"]
-    for c in claims:
-        verdict = c["verdict"] if c["verdict"] == "reproduced" else f"**{c['verdict']}**"
-        cells = (c["claim"], verdict, c["statistic"], pages.interval(c), c["seeds"])
-        rows.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
+    rows = []
+    for heading, group in pages.claim_groups(claims):
+        rows += [f"| {heading} | found: verdict, value [95 % interval] |", "|---|---|"]
+        for words, statistic, found in pages.claim_families(group):
+            lines = [f"{f'{name}: ' if name else ''}{_marked(c['verdict'])}, {pages.interval(c)}" for name, c in found]
+            cells = (f"{words}<br><sub>{statistic}</sub>", "<br>".join(lines))
+            rows.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+        rows.append("")
     comment = head.partition("-->")[0] + "-->"
     write_atomically(path, "\n".join([before + mark + comment, *rows, end + after]))
+
+
+def _marked(verdict: str) -> str:
+    return verdict if verdict == "reproduced" else f"**{verdict}**"
 
 
 # -------------------------------------------------------------------------------------------- the whole thing

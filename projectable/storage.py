@@ -21,6 +21,10 @@ class DamagedFile(RuntimeError):
     """A file of ours is not what was written; the message names it and says what to do."""
 
 
+class WriteError(OSError):
+    """A folder can't be written to; the message names it and says what to do."""
+
+
 def root() -> Path:
     """The project's folder: PROJECTABLE_ROOT, or the folder that holds the package."""
     return Path(os.environ.get("PROJECTABLE_ROOT") or Path(__file__).resolve().parent.parent)
@@ -46,19 +50,29 @@ def current_commit() -> str:
         return "unknown"
 
 
+def _touch(path: Path) -> None:
+    """Make an empty file, and the folder it lies in. Raises WriteError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        advice = "choose another folder (for runs: PROJECTABLE_RUNS), or make it writable"
+        raise WriteError(f"{path.parent} can't be written to ({error.strerror}): {advice}") from None
+
+
 @contextlib.contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
     """A file to write to beside `path`; it takes the place of `path` at the end, or goes where writing fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.touch()
+        _touch(draft)
         mode = draft.stat().st_mode  # the umask's: safetensors would leave files that only their owner reads
         yield draft
         draft.chmod(mode)
         draft.replace(path)
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it could not even be made
+            draft.unlink()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -125,7 +139,7 @@ def read_json(path: Path) -> dict:
 @contextlib.contextmanager
 def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the lock file; wait for whoever holds it (calling `waiting` once). Freed when the process ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _touch(path)
     with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,7 +216,7 @@ def train(
         with autocast(device, config.precision):
             losses = losses_of(ids.to(device), tokens)
         means = {member: loss.sum() / n_tasks for member, loss in losses.items()}  # this process's part of them
-        total = sum(weight[member] * mean for member, mean in means.items())
+        total: Any = sum(weight[member] * mean for member, mean in means.items())
         found = dict(zip(means, team.sum(torch.stack([*means.values()]).detach()).tolist(), strict=True))
         value = sum(weight[member] * mean for member, mean in found.items())
         if not math.isfinite(value):

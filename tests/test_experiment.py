@@ -251,6 +251,19 @@ def test_a_family_of_a_notebook_counts_as_it_is_now(monkeypatch):
     assert first[0] != second[0] and first[1] == second[1]
 
 
+def test_a_function_in_a_registry_counts_whatever_its_form(monkeypatch):
+    def key(name, tell):
+        monkeypatch.setitem(experiment.TELL, name, tell)
+        return folder_of(tiny_projectable(options={"conditioning": "SupportSet"}))
+
+    entry = {
+        "support": lambda data: data.first("train", 8),
+    }
+    other = lambda data: data.first("train", 4)  # noqa: E731
+    found = [key("support", experiment.TELL["support"]), key("support", entry["support"]), key("support", other)]
+    assert len(set(found)) == 3 and key("names", other) == found[-1]
+
+
 def test_a_constant_counts_with_its_value(edit, monkeypatch):
     before = edit()
     monkeypatch.setattr(transformer, "EPS", 1e-5)

@@ -73,6 +73,7 @@ class TestResNet:
         again, found = kept(images, weights=resnet[1])
         assert found and torch.equal(again, first)
         assert not kept(1 - images, weights=resnet[1])[1]
+        assert not kept(images.reshape(1, 8, 8, 3), weights=resnet[1])[1]
         other = tmp_path / "other.pth"
         torch.save({k: v * 2 for k, v in torch.load(resnet[1], weights_only=True).items()}, other)
         assert not kept(images, weights=other, trust=True)[1]
@@ -180,6 +181,11 @@ def test_without_the_packages(images, monkeypatch):
         (lambda x: x * 255, {}, "pixels from .* to 2.*; allowed: 0 to 1"),
         (lambda x: x * np.nan, {}, "pixels from nan to nan; allowed: 0 to 1"),
         (lambda x: x, {"size": 16}, "size=16 is not allowed: 32 pixels or more"),
+        (
+            lambda x: x,
+            {"weights": "x.pth"},
+            "efficientnet_lite0 brings its own weights; weights='x.pth' are for resnet",
+        ),
         (lambda x: x, {"network": "vgg"}, "unknown network 'vgg'; allowed: efficientnet_lite0, .*resnet50"),
     ],
 )

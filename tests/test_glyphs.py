@@ -173,13 +173,13 @@ def test_held_out_classes_do_not_shape_the_codebook(monkeypatch):
     x[np.isin(y, (2, 5, 8))] = 1
     changed = Images("digits", "", digits.label_names, (x, y), digits.test)
     before = make_tasks("digits", "seen7", **arguments)
-    monkeypatch.setattr(tasks, "load_images", lambda name: changed)
+    monkeypatch.setattr(tasks, "load_images", lambda *_: changed)
     assert np.array_equal(before.codebook.codes, make_tasks("digits", "unseen3", **arguments).codebook.codes)
     assert not np.array_equal(before.codebook.codes, make_tasks("digits", "classes", **arguments).codebook.codes)
 
 
 def test_fashion_holds_out_sandal_shirt_and_bag(monkeypatch, fashion):
-    monkeypatch.setattr(tasks, "load_images", lambda name: fashion)
+    monkeypatch.setattr(tasks, "load_images", lambda *_: fashion)
     data = make_tasks("fashion", "unseen3", vocab_size=16, val_per_class=600)
     assert data.task_names == ("sandal", "shirt", "bag")
     assert [len(x) for x in data.tokens["train"]] == [5400] * 3

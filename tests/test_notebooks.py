@@ -93,6 +93,12 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
     expected |= {f"headline.widens.{small}_{middle}", f"headline.widens.{middle}_{large}", "source.kept"}
     expected |= {f"headline.few_dims.d{small}", f"headline.clusters.d{small}"}
     expected |= {f"explained.{what}.d{s}" for what in ("source", "task") for s in SMOKE.sizes}
+    by_size = (
+        "direct.compute direct.start direct.tuned stability.spread stability.agreement stability.source "
+        "stability.smooth cost.generation conditioning.LearnedID conditioning.SupportSet conditioning.wrong "
+        "conditioning.support generators.family generators.sizes source.depth.l1 text text.task"
+    ).split()
+    expected |= {f"{id}.d{s}" for id in by_size for s in SMOKE.sizes} | {"cost.break_even", f"source.width.d{small}"}
     assert expected <= set(claims)
     losses = pd.read_csv(reports / "results" / "test_losses.csv")
     mean = losses.groupby(["arm", "d_s", "seed"]).loss.mean()
@@ -106,6 +112,24 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
         assert claim["seeds"] == len(SMOKE.seeds)
         assert claim["verdict"] == "inconclusive", "two seeds are no evidence"
         assert claim["ci_low"] <= claim["value"] <= claim["ci_high"]
+
+
+def test_claims_of_further_notebooks_follow_from_their_tables(reports):
+    claims = {c["id"]: c for c in json.loads((reports / "claims.json").read_text())}
+    direct = pd.read_csv(reports / "results" / "direct.csv").set_index(["arm", "d_s"])["mean"]
+    support = pd.read_csv(reports / "results" / "support.csv").groupby("d_s").mean()
+    by_task = pd.read_csv(reports / "results" / "text_by_task.csv").groupby("d_s").gap.mean()
+    for s in SMOKE.sizes:
+        start = direct["specialists", s] - direct["tuned_0.1", s]
+        assert claims[f"direct.start.d{s}"]["value"] == pytest.approx(start, abs=1e-4)
+        assert claims[f"conditioning.support.d{s}"]["value"] == pytest.approx(
+            support.loc[s, "1 images"] - support.loc[s, "16 images"], abs=1e-4
+        )
+        assert claims[f"text.d{s}"]["value"] == pytest.approx(by_task[s], abs=1e-4)
+    families = pd.read_csv(reports / "results" / "families.csv")
+    assert set(families.family) == {"Linear", "Slice", "LowRank", "LowRankMLP", "Kronecker", "Orthonormal", "Mixture"}
+    lean, full = (families[families.family == name].maps.sum() for name in ("LowRank", "Linear"))
+    assert lean < full / 2
 
 
 def test_the_index_leads_to_every_claim_and_page(reports):

@@ -2,25 +2,30 @@
 
 import gzip
 import hashlib
+import json
 import os
 import pickle
 import shutil
 import struct
 import zipfile
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import tiny, tiny_projectable, tiny_source
 from PIL import Image
 
-from projectable import experiment
+from projectable import experiment, reporting
 from projectable.config import DataConfig
 from projectable.export import evaluate, export, load, write_grid
 from projectable.fingerprint import code_behind
+from projectable.plotting import image_grid
 from projectable.tasks import images, make_tasks, split_images
 from projectable.tasks.images import DataError, content_key, load_digits, load_folder, load_images, read_folder
 
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "15_your_own_data.ipynb"
 TINTS = np.array([[1, 0.4, 0.2], [0.2, 1, 0.5], [0.3, 0.4, 1]], np.float32)  # of the classes
 
 
@@ -310,6 +315,40 @@ def test_from_a_folder_in_colour_to_a_small_model_that_samples_in_colour(tmp_pat
     sheet = np.asarray(Image.open(write_grid(drawn, tmp_path / "dogs.png", at_least=8)))
     assert sheet.shape == (4 * 9 - 1, 5 * 9 - 1, 3)
     assert np.array_equal(sheet[:8, 9:17], np.rint(drawn[1] * 255))
+
+
+def test_a_grid_of_images_in_colour():
+    images = np.zeros((2, 3, 8, 8, 3))
+    images[1, 2] = TINTS[0]
+    sheet = image_grid(images, ["a", "b"]).axes[0].images[0].get_array()
+    assert sheet.shape == (17, 26, 3)
+    assert np.allclose(sheet[9:, 18:], TINTS[0]) and (sheet[:8, 18:] == 0).all() and (sheet[8] == 1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.notebook
+def test_the_notebook_takes_a_folder(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "pets", n=40, colour=True)
+    (folder / "owls" / "broken.png").write_bytes(b"no")
+    (tmp_path / "notebooks").mkdir()
+    notebook = shutil.copy(NOTEBOOK, tmp_path / "notebooks")
+    monkeypatch.setenv("PROJECTABLE_ROOT", str(tmp_path))
+    status = reporting.run_notebook(Path(notebook), "smoke", {"folder": str(folder), "d_s": 8})
+    assert (status.status, status.error) == ("ok", "")
+    results = tmp_path / "reports" / "smoke" / "results"
+    found = json.loads((results / "15_your_own_data.json").read_text())
+    assert (found["images"], found["broken"], found["size"]) == (120, 1, [8, 8, 3])
+    losses = pd.read_csv(results / "own_losses.csv").set_index("class")
+    assert list(losses.index) == ["cats", "dogs", "owls", "mean"]
+    for arm in ("projected", "specialists", "universal_additive", "source"):
+        assert losses[arm]["mean"] == pytest.approx(losses[arm][:3].mean(), abs=1e-4)
+        assert losses[arm]["mean"] == pytest.approx(found[f"test_{arm}"], abs=1e-4) and losses[arm]["mean"] < np.log(32)
+    counts = pd.read_csv(results / "own_counts.csv")
+    assert counts["left out"].tolist() == [0, 0, 1] and counts["images (all)"].tolist() == [40, 40, 40]
+    model = load(tmp_path / "build" / "smoke" / "own_model")
+    assert model.task == "cats" and model.config["losses"]["test"] == pytest.approx(losses.projected["cats"], abs=1e-4)
+    shown = np.asarray(Image.open(tmp_path / "reports" / "smoke" / "figures" / "own_samples.png").convert("RGB"))
+    assert np.ptp(shown.astype(int), axis=-1).max() > 50  # in colour
 
 
 # -------------------------------------------------------------------------------------------------- torchvision

@@ -380,10 +380,17 @@ def test_readme_shows_every_claim_with_failures_as_visible(tmp_path, monkeypatch
     monkeypatch.setenv("PROJECTABLE_ROOT", str(tmp_path))
     readme = tmp_path / "README.md"
     readme.write_text("# a\n\n<!-- claims: written by a program -->\nold\n<!-- /claims -->\n\nend\n")
-    claim = dict(claim="small wins", statistic="gap", value=-0.2, ci_low=-0.3, ci_high=-0.1, seeds=5)
-    reporting.write_json(tmp_path / "reports" / "claims.json", [claim | {"verdict": "not reproduced"}])
+    claim = dict(statistic="gap", value=-0.2, ci_low=-0.3, ci_high=-0.1, seeds=5)
+    claims = [
+        claim | {"id": f"{id}.d{s}", "claim": f"a model of width {s} wins", "verdict": verdict}
+        for id in ("conditioning.x", "headline")
+        for s, verdict in ((8, "reproduced"), (16, "not reproduced"))
+    ]
+    reporting.write_json(tmp_path / "reports" / "claims.json", claims)
     for _ in range(2):  # a second time changes nothing
         reporting.write_readme_claims()
     text = readme.read_text()
-    assert "| small wins | **not reproduced** | gap | -0.200 [-0.300, -0.100] | 5 |" in text
+    found = "width 8: reproduced, -0.200 [-0.300, -0.100]<br>width 16: **not reproduced**, -0.200 [-0.300, -0.100]"
+    assert text.count(f"| a model wins<br><sub>gap</sub> | {found} |") == 2
+    assert text.index("The paper's claims") < text.index("Our own checks")
     assert "old" not in text and text.startswith("# a\n") and text.endswith("<!-- /claims -->\n\nend\n")

@@ -5,8 +5,7 @@ import torch
 from conftest import randomise
 
 from projectable.baselines import CONDITIONINGS, Specialists, Universal
-from projectable.sampling import logits_cached, sample
-from projectable.transformer import Shape, forward, initial_weights
+from projectable.transformer import Shape, forward, initial_weights, logits_cached, sample
 
 T = 3
 

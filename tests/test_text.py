@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from projectable.evaluation import bits_per_pixel
+from projectable.fingerprint import code_behind
 from projectable.tasks import SPLITS, few, make_tasks, text
 from projectable.tasks.images import DataError
 from projectable.tasks.text import LENGTH, UNKNOWN, Alphabet, Source, sequences
@@ -39,9 +40,15 @@ def test_the_alphabet_is_the_most_frequent_characters():
     assert alphabet.decode(np.array([[2, 3, 1], [0, 2, 3]])) == ["ab\n", UNKNOWN + "ab"]
 
 
+def test_every_token_of_a_vocabulary_that_is_too_large_is_a_character():
+    alphabet = Alphabet.fit(["ab"], 5, length=3)
+    assert alphabet.decode(np.array([[4, 1, 3]])) == [UNKNOWN + "a" + UNKNOWN]
+    assert alphabet.encode(["?ba", UNKNOWN * 3]).tolist() == [[0, 2, 1], [0, 0, 0]]
+
+
 def test_an_alphabet_is_stored_as_a_codebook_is():
     alphabet = Alphabet.fit(["a𝄞→b"], 9, length=5)
-    assert alphabet.codes.shape == (5, 1) and alphabet.codes.dtype == np.float32
+    assert alphabet.codes.shape == (9, 1) and alphabet.codes.dtype == np.float32
     assert Alphabet.from_codes(alphabet.codes, alphabet.width) == alphabet
     assert (alphabet.height // alphabet.patch) * (alphabet.width // alphabet.patch) == alphabet.length == 5
     assert bits_per_pixel(math.log(2), alphabet.length, alphabet.height * alphabet.width) == 1  # bit a character
@@ -152,7 +159,7 @@ def test_the_alphabet_sees_training_text_only(monkeypatch):
     monkeypatch.setattr(text, "sequences", lambda *about: pieces)
     monkeypatch.setattr(text, "PER_TASK", {"train": 1, "test": 1})
     data = text.make_text("kinds", 128, 1)
-    assert data.codebook.characters == UNKNOWN + "a"
+    assert data.codebook.characters == UNKNOWN + "a" + UNKNOWN * 126  # as many as the model has
     assert data.tokens["test"][0].sum() == 0 and data.tokens["train"][0].sum() == LENGTH
 
 
@@ -167,6 +174,11 @@ def test_a_missing_package_or_text_is_named(monkeypatch):
         DataError, match="'zen' has 0 train sequences, 4000 are wanted: install Python with all its source"
     ):
         make_tasks("text", "kinds")
+
+
+def test_where_texts_come_from_is_part_of_their_key():
+    code, *_ = code_behind([make_tasks], ["text"])
+    assert any("pydoc_data/topics.py" in piece for piece in code)
 
 
 def test_unknown_text_tasks():

@@ -193,18 +193,18 @@ def _codebook(patch: int, size: int, seed: int) -> Codebook:
 
 
 def make_glyphs(tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int = 0) -> TaskData:
-    """Letters as tasks: `train`, `trainN` (the first N in a seeded order, so that sizes nest), or `heldout` scripts.
+    """Letters as tasks: `train`, or those of the `heldout` scripts; with a number N, the first N in a seeded order.
 
     Raises ValueError naming the allowed values, DataError where the fonts are missing.
     """
     train, held_out = letters(seed)
-    number = tasks.removeprefix("train")
-    if tasks == "heldout":
-        chosen = held_out
-    elif tasks == "train" or tasks.startswith("train") and number.isdigit() and 1 <= int(number) <= len(train):
-        chosen = train[: int(number or len(train))]
-    else:
-        raise ValueError(f"unknown tasks {tasks!r}; allowed: train, trainN with N from 1 to {len(train)}, heldout")
+    sides = {"train": train, "heldout": tuple(np.random.default_rng([seed, 4]).permutation(held_out).tolist())}
+    side = tasks.rstrip("0123456789")
+    n = int(tasks[len(side) :] or 0)
+    if side not in sides or not (tasks == side or 1 <= n <= len(sides[side])):
+        words = ", ".join(f"{name}, {name}N with N from 1 to {len(them)}" for name, them in sides.items())
+        raise ValueError(f"unknown tasks {tasks!r}; allowed: {words}")
+    chosen = sides[side][:n] if n else held_out if side == "heldout" else train
     book = _codebook(patch, vocab_size, seed)
     counts = PER_TASK | {"val": val_per_class}
     tokens = {s: [torch.from_numpy(book.encode(draw(x, s, counts[s], seed))) for x in chosen] for s in SPLITS}

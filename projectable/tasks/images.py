@@ -289,15 +289,20 @@ def _first(names, n: int = 3) -> str:
     return ", ".join(names[:n]) + (", …" if len(names) > n else "")
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+def _find(folder: Path) -> list[str]:
+    """The image files in a folder and below, sorted; hidden files and folders are none."""
+    found = []
+    for base, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [f"{base}/{n}" for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
+    return sorted(found)
 
 
 def _sub_folders(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
 
 
-def _image_files(path: Path) -> dict[str, dict[str, list[Path]]]:
+def _image_files(path: Path) -> dict[str, dict[str, list[str]]]:
     """The image files of a folder: {sub-folder: {class: files}}, sorted; the sub-folder is `all` without train/."""
     if not path.is_dir():
         raise DataError(f"{path} {'is a file' if path.exists() else 'does not exist'}; {LAYOUT}")
@@ -306,10 +311,7 @@ def _image_files(path: Path) -> dict[str, dict[str, list[Path]]]:
         parts = {p.name: p for p in _sub_folders(path)}
         if unknown := set(parts) - {"train", "val", "test"}:
             raise DataError(f"{path} holds train/ and {min(unknown)!r}; allowed beside train/: val/, test/")
-    return {
-        part: {folder.name: sorted(p for p in folder.rglob("*") if _is_image(p)) for folder in _sub_folders(where)}
-        for part, where in parts.items()
-    }
+    return {part: {folder.name: _find(folder) for folder in _sub_folders(where)} for part, where in parts.items()}
 
 
 def content_key(dataset: str) -> str:
@@ -322,19 +324,19 @@ def content_key(dataset: str) -> str:
     path, sha = _path(dataset), hashlib.sha256()
     for files in (files for classes in _image_files(path).values() for files in classes.values()):
         for file in files:
-            sha.update(f"{file.relative_to(path)}\0".encode() + _digest(file))
+            sha.update(os.fsencode(file[len(str(path)) :]) + b"\0" + _digest(file))
     return sha.hexdigest()
 
 
-_digests: dict[Path, tuple[tuple, bytes]] = {}
+_digests: dict[str, tuple[tuple, bytes]] = {}
 
 
-def _digest(file: Path) -> bytes:
+def _digest(file: str) -> bytes:
     try:
-        stat = file.stat()
+        stat = os.stat(file)
         state = (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
         if _digests.get(file, ((), b""))[0] != state:
-            with file.open("rb") as content:
+            with open(file, "rb") as content:
                 _digests[file] = state, hashlib.file_digest(content, "sha256").digest()
         return _digests[file][1]
     except OSError:  # left out of the images as well
@@ -346,7 +348,7 @@ def _path(dataset: str) -> Path:
     return Path(os.path.abspath(Path(dataset.removeprefix(FOLDER)).expanduser()))
 
 
-def _size_of(path: Path) -> tuple[int, int]:
+def _size_of(path: str) -> tuple[int, int]:
     """Height and width as the image is to be seen, from its head."""
     from PIL import Image
 
@@ -355,7 +357,7 @@ def _size_of(path: Path) -> tuple[int, int]:
         return image.size if turned else image.size[::-1]
 
 
-def _read_image(path: Path, height: int, width: int) -> np.ndarray:
+def _read_image(path: str, height: int, width: int) -> np.ndarray:
     """An image file → (height, width, 3), uint8: upright, on white where transparent, cut in the middle, resized."""
     from PIL import Image, ImageOps
 
@@ -402,20 +404,22 @@ def read_folder(path: str | Path, patch: int = 4) -> tuple[Folder, dict[str, tup
         ((h, w),) = set(sizes.values())
         height, width = (h, w) if max(h, w) <= LARGEST and not (h % patch or w % patch) else (height, width)
     pixels = {part: ([], []) for part in files}
-    for part, name, file in tqdm([row for row in rows if row[2] in sizes], desc=path.name, delay=3, leave=False):
+    for part, name, file in tqdm(
+        [row for row in rows if row[2] in sizes], path.name, leave=False, mininterval=1, delay=5
+    ):
         try:
             pixels[part][0].append(_read_image(file, height, width))
             pixels[part][1].append(classes.index(name))
         except Exception:
             broken.append(file)
             del sizes[file]
-    broken = tuple(sorted(str(file.relative_to(path)) for file in broken))
+    broken = tuple(sorted(str(Path(file).relative_to(path)) for file in broken))
     for part, (_, labels) in pixels.items():
         counts = np.bincount(np.array(labels, int), minlength=len(classes))
         if not counts.all():
             name = classes[counts.argmin()]
             where = path / name if part == "all" else path / part / name
-            bad = [b for b in broken if path / b in files[part][name]]
+            bad = [b for b in broken if str(path / b) in files[part][name]]
             why = f"can't be read: {_first(bad)}" if bad else f"allowed: {', '.join(SUFFIXES)}"
             raise DataError(f"class {name!r} is empty: {where} holds no image ({why})")
     arrays = {part: (np.stack(x), np.array(y, np.int64)) for part, (x, y) in pixels.items()}

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -37,8 +37,7 @@ MODULES = {"scikit-learn": "sklearn"}  # where a package's name is not that of i
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where a kind of writing is found: files of an installed package (of Python itself where it is empty)."""
 
     family: str
@@ -73,7 +72,8 @@ KINDS = {
 class Alphabet:
     """Characters ↔ tokens, with the interface of a `Codebook`: a text is an image one character high.
 
-    `characters[i]` is token i; the first stands for all characters that are not in it.
+    `characters[i]` is token i; the first stands for all characters that are not in it, and so do those at the end that
+    fill it up to the size of the vocabulary.
     """
 
     characters: str
@@ -91,7 +91,7 @@ class Alphabet:
             counts.update(text)
         counts.pop(UNKNOWN, None)
         kept = sorted(counts, key=lambda c: (-counts[c], c))[: size - 1]
-        return cls(UNKNOWN + "".join(sorted(kept)), length)
+        return cls((UNKNOWN + "".join(sorted(kept))).ljust(size, UNKNOWN), length)
 
     @classmethod
     def from_codes(cls, codes: np.ndarray, length: int) -> Alphabet:
@@ -112,7 +112,7 @@ class Alphabet:
         """n texts of `length` characters → tokens (n, length) int64; raises ValueError for another length."""
         if wrong := [text for text in texts if len(text) != self.length]:
             raise ValueError(f"a text of {len(wrong[0])} characters; allowed: {self.length}")
-        numbers = {c: i for i, c in enumerate(self.characters)}
+        numbers = {c: i for i, c in enumerate(self.characters) if c != UNKNOWN}
         flat = np.fromiter((numbers.get(c, 0) for text in texts for c in text), np.int64, len(texts) * self.length)
         return flat.reshape(len(texts), self.length)
 

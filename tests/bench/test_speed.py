@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from projectable.baselines import Model, Specialists, Universal
 from projectable.config import get_profile
 from projectable.projection import Projectable
-from projectable.sampling import sample
-from projectable.transformer import Shape, initial_weights, task_losses
+from projectable.transformer import Shape, initial_weights, sample, task_losses
 
 T, SIZES = 10, (8, 16, 32)
 IDS = torch.arange(T)
