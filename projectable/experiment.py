@@ -46,8 +46,7 @@ from .storage import (
     save_tensors,
     write_json,
 )
-from .tasks import TaskData, make_tasks, text
-from .tasks.codebook import Codebook
+from .tasks import Codebook, TaskData, make_tasks, text
 from .tasks.images import content_key
 from .training import Outcome, split_losses, train
 
