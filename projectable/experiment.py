@@ -33,7 +33,6 @@ from .baselines import Distilled, Model, Specialists, Universal
 from .conditioning import CONDITIONINGS
 from .config import DataConfig, RunConfig
 from .fingerprint import fingerprint
-from .parallel import Jobs, Team
 from .projection import Projectable
 from .storage import (
     DamagedFile,
@@ -48,7 +47,7 @@ from .storage import (
 )
 from .tasks import Codebook, TaskData, make_tasks, text
 from .tasks.images import content_key
-from .training import Outcome, split_losses, train
+from .training import Jobs, Outcome, Team, split_losses, train
 
 Report = Callable[[int, int, float], None]
 

@@ -1,7 +1,7 @@
 """A fingerprint of code: functions and classes, and all of this package that they refer to.
 
-- Comments, docstrings, annotations and the file that a thing stands in do not count; nor do `storage` and `parallel`,
-  which carry numbers but do not make them.
+- Comments, docstrings, annotations and the file that a thing stands in do not count; nor does what is `LEFT_OUT`:
+  `storage`, and how processes share a training, which carry numbers but do not make them.
 - A registry (a dict of functions or classes by name, as `FAMILIES`) counts with the entries that are named: by `words`,
   the strings of a config, or by a string in code that counts. A new entry, or an edit of another, changes nothing.
 """
@@ -23,7 +23,8 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
-LEFT_OUT = (f"{PACKAGE}.storage", f"{PACKAGE}.parallel")
+BESIDE = ("Team", "Torchrun", "team", "Stop", "Jobs")  # of `training`: these carry its numbers, too
+LEFT_OUT = {f"{PACKAGE}.storage", *(f"{PACKAGE}.training.{name}" for name in BESIDE)}  # modules, and parts of them
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 VERSIONS = {"numpy": 1, "torch": 2, "scikit-learn": 2}  # how many numbers of a version count
 
@@ -111,10 +112,10 @@ def _stable(value: Any) -> str:
 
 
 def _counts(value: Any, beside: Any) -> bool:
-    """Whether it is code of this package, or of the module from which it is referred to."""
-    module = _bare(value).__module__
-    ours = module == beside.__module__ or module.partition(".")[0] == PACKAGE
-    return ours and module not in LEFT_OUT
+    """Whether it is code of this package, or of the module from which it is referred to, and not left out."""
+    code = _bare(value)
+    ours = code.__module__ == beside.__module__ or code.__module__.partition(".")[0] == PACKAGE
+    return ours and LEFT_OUT.isdisjoint((code.__module__, f"{code.__module__}.{code.__qualname__}"))
 
 
 # --------------------------------------------------------------------------------------------------- reading code
