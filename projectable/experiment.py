@@ -32,12 +32,12 @@ from . import tasks
 from .baselines import Distilled, Model, Specialists, Universal
 from .conditioning import CONDITIONINGS
 from .config import DataConfig, RunConfig
-from .fingerprint import fingerprint
 from .projection import Projectable
 from .storage import (
     DamagedFile,
     current_commit,
     device,
+    fingerprint,
     load_tensors,
     locked,
     read_json,
