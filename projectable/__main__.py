@@ -86,14 +86,14 @@ def train(config: str, executor: str | None) -> None:
     """
     from tqdm import tqdm
 
-    from projectable import experiment, parallel, runs
+    from projectable import experiment, runs, training
 
     wanted = runs.read_config(config)
     if executor:
         experiment.run_many([wanted], executor=executor)
         click.echo(experiment.folder_of(wanted))
         return
-    with parallel.team() as team, parallel.Stop(team) as stop:
+    with training.team() as team, training.Stop(team) as stop:
         said = ""
         try:
             for part in runs.chain(wanted):

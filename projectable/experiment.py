@@ -32,13 +32,12 @@ from . import tasks
 from .baselines import Distilled, Model, Specialists, Universal, for_new_tasks
 from .conditioning import CONDITIONINGS
 from .config import DataConfig, RunConfig
-from .fingerprint import fingerprint
-from .parallel import Jobs, Team
 from .projection import Adapted, Projectable
 from .storage import (
     DamagedFile,
     current_commit,
     device,
+    fingerprint,
     load_tensors,
     locked,
     read_json,
@@ -46,10 +45,9 @@ from .storage import (
     save_tensors,
     write_json,
 )
-from .tasks import FEW, TaskData, few, make_tasks, text
-from .tasks.codebook import Codebook
+from .tasks import FEW, Codebook, TaskData, few, make_tasks, text
 from .tasks.images import content_key
-from .training import Outcome, split_losses, train
+from .training import Jobs, Outcome, Team, split_losses, train
 
 Report = Callable[[int, int, float], None]
 

@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from . import ONNX_EXTRA, ONNX_KEY, ONNX_SEAL, OnnxError, transformer
 from .config import DataConfig
 from .storage import DamagedFile, current_commit, draft_of, load_tensors, save_tensors, write_atomically
-from .tasks import SPLITS
-from .tasks.codebook import Codebook
+from .tasks import SPLITS, Codebook
 from .transformer import PLAIN_AXES, Shape, Weights, forward, sample
 
 if TYPE_CHECKING:

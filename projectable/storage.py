@@ -1,15 +1,34 @@
-"""Where we are, and files that are whole or not there: atomic writes, checksums (safetensors), locks. No pickles."""
+"""Where we are, what is kept, and under which key: files that are whole or not there, locks, a fingerprint of code.
+
+- Files: atomic writes, checksums (safetensors), no pickles.
+- The fingerprint is one of functions and classes, and of all of this package that they refer to.
+- Comments, docstrings, annotations and the file that a thing stands in do not count; nor does what is `LEFT_OUT`:
+  this module, and how processes share a training, which carry numbers but do not make them.
+- A registry (a dict of functions or classes by name, as `FAMILIES`) counts with the entries that are named: by `words`,
+  the strings of a config, or by a string in code that counts. A new entry, or an edit of another, changes nothing.
+"""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
+import inspect
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+import textwrap
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, is_dataclass
+from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -148,3 +167,223 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[No
                 waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+# -------------------------------------------------------------------------------------------- a fingerprint of code
+
+PACKAGE = __name__.partition(".")[0]
+BESIDE = ("Team", "Torchrun", "team", "Stop", "Jobs")  # of `training`: these carry its numbers, too
+LEFT_OUT = {f"{PACKAGE}.storage", *(f"{PACKAGE}.training.{name}" for name in BESIDE)}  # modules, and parts of them
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+VERSIONS = {"numpy": 1, "torch": 2, "scikit-learn": 2}  # how many numbers of a version count
+
+
+def fingerprint(things: Iterable[Any], words: Iterable[str] = (), given: Iterable[str] = ()) -> str:
+    """A hash of the code behind these functions and classes, and of the versions of what computes.
+
+    `words` choose from registries; the defaults of parameters in `given` choose nothing: the config gives them a value.
+    """
+    asked = (tuple(things), frozenset(words), frozenset(given))
+    if asked in _known:  # and no entry was registered anew since
+        found, chosen, named = _known[asked]
+        if all(_named(registry, named) == entries for registry, entries in chosen):
+            return found
+    code, registries, named = code_behind(*asked)
+    versions = [f"{name} {'.'.join(version(name).split('.')[:n])}" for name, n in VERSIONS.items()]
+    found = hashlib.sha256("\n".join([*sorted(code), *versions]).encode()).hexdigest()
+    _known[asked] = found, [(registry, _named(registry, named)) for registry in registries], named
+    return found
+
+
+_known: dict[tuple, tuple[str, list[tuple[dict, dict]], set[str]]] = {}
+
+
+def code_behind(
+    things: Iterable[Any], words: Iterable[str] = (), given: Iterable[str] = ()
+) -> tuple[set[str], list[dict], set[str]]:
+    """The code of these functions and classes and of all that they refer to, piece by piece.
+
+    Beside it the registries that were met, and all words that choose from them.
+    """
+    named, left_out = {form for word in words for form in _forms(word)}, frozenset(given)
+    pieces: set[str] = set()
+    todo, seen, registries = list(things), set(), {}
+    while todo:
+        thing = _bare(todo.pop())
+        if thing in seen:
+            continue
+        seen.add(thing)
+        code = _read(thing)
+        pieces.add(code.text)
+        named |= {word for word, parameter in code.strings if parameter not in left_out}
+        for name, value in code.references():
+            if isinstance(value, dict) and any(map(_is_code, value.values())):
+                registries[id(value)] = value
+            elif _is_code(value):
+                todo += [value] * _counts(value, thing)
+            elif _is_plain(value):
+                pieces.add(f"{name} = {_stable(value)}")
+            elif is_dataclass(value) and not isinstance(value, type):
+                pieces.add(f"{name} = {value!r}")
+                todo.append(type(value))
+        todo += [entry for registry in registries.values() for entry in _named(registry, named).values()]
+    return pieces, list(registries.values()), named
+
+
+def _named(registry: dict, words: set[str]) -> dict:
+    return {name: entry for name, entry in registry.items() if name in words}
+
+
+def _forms(word: str) -> set[str]:
+    """A word of a config as registries may know it: clusters64 → clusters, folder:pets → folder."""
+    return {word, word.partition(":")[0], word.rstrip("0123456789")}
+
+
+def _bare(value: Any) -> Any:
+    """A function without decorators and given arguments; anything else as it is."""
+    while isinstance(value, partial):
+        value = value.func
+    return inspect.unwrap(value) if callable(value) else value
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(_bare(value), type | FunctionType)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value.keys(), *value.values()]))
+    return all(map(_is_plain, value)) if isinstance(value, tuple | list | set | frozenset) else isinstance(value, PLAIN)
+
+
+def _stable(value: Any) -> str:
+    return repr(sorted(value, key=repr)) if isinstance(value, set | frozenset) else repr(value)
+
+
+def _counts(value: Any, beside: Any) -> bool:
+    """Whether it is code of this package, or of the module from which it is referred to, and not left out."""
+    code = _bare(value)
+    ours = code.__module__ == beside.__module__ or code.__module__.partition(".")[0] == PACKAGE
+    return ours and LEFT_OUT.isdisjoint((code.__module__, f"{code.__module__}.{code.__qualname__}"))
+
+
+def source_of(module: str) -> str:
+    """The source of a module that is imported."""
+    return inspect.getsource(sys.modules[module])
+
+
+@dataclass(frozen=True)
+class _Code:
+    """What one function or class says."""
+
+    text: str
+    strings: tuple[tuple[str, str | None], ...]  # and the parameter that one is the default of
+    names: tuple[tuple[str, ...], ...]  # ("a", "b") where it says a.b
+    imports: tuple[tuple[str, str, str], ...]  # (as, module, name): those within the function
+    module: str
+
+    def references(self) -> Iterator[tuple[str, Any]]:
+        """What its names stand for now: globals of its module, parts of modules of this package, its own imports."""
+        space = dict(vars(sys.modules[self.module])) if self.module in sys.modules else {}
+        for name, origin, part in self.imports:
+            space[name] = getattr(importlib.import_module(origin), part)
+        for first, *rest in self.names:
+            value = space.get(first)
+            for name in rest:
+                if not isinstance(value, ModuleType) or value.__name__.partition(".")[0] != PACKAGE:
+                    break
+                first, value = name, getattr(value, name, None)
+            if value is not None:
+                yield first, value
+
+
+@cache
+def _read(thing: Any) -> _Code:
+    """The code of a function or class; of one whose source nobody has (typed in, say) its name alone."""
+    tree = _tree_of(thing)
+    default_of: dict[int, str] = {}
+    compared, strings, names, imports = set(), [], set(), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arguments):
+            last = (node.posonlyargs + node.args)[-len(node.defaults) :] if node.defaults else []
+            pairs = [*zip(last, node.defaults, strict=True), *zip(node.kwonlyargs, node.kw_defaults, strict=True)]
+            default_of |= {id(default): argument.arg for argument, default in pairs}
+        elif isinstance(node, ast.Compare):  # chooses nothing
+            compared |= {id(part) for part in ast.walk(node)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            strings.append(node)
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").partition(".")[0] == PACKAGE):
+            package = getattr(sys.modules.get(thing.__module__), "__package__", None) or PACKAGE
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            imports += [(alias.asname or alias.name, origin, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Name | ast.Attribute):
+            names.add(_dotted(node))
+    text = f"{thing.__qualname__}: {ast.unparse(tree)}"
+    found: Any = tuple((node.value, default_of.get(id(node))) for node in strings if id(node) not in compared)
+    return _Code(
+        text,
+        found,
+        tuple(sorted(n for n in names if n and not n[0].startswith("__"))),
+        tuple(imports),
+        thing.__module__,
+    )
+
+
+def _dotted(node: Any) -> tuple[str, ...]:
+    if isinstance(node, ast.Name):
+        return (node.id,)
+    before = _dotted(node.value) if isinstance(node, ast.Attribute) else ()
+    return (*before, node.attr) if before else ()
+
+
+@cache
+def _definitions(source: str) -> dict[str, ast.AST]:
+    """Functions and classes of a module by qualified name, bare."""
+
+    def walk(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.AST]]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                yield prefix + node.name, node
+                yield from walk(node.body, f"{prefix}{node.name}.")
+
+    return dict(walk(_Bare().visit(ast.parse(source)).body, ""))
+
+
+def _tree_of(thing: Any) -> Any:
+    with contextlib.suppress(OSError, TypeError, KeyError):
+        return _definitions(source_of(thing.__module__))[thing.__qualname__]
+    with contextlib.suppress(OSError, TypeError, tokenize.TokenError):
+        source = textwrap.dedent(inspect.getsource(thing))
+        for form in (source, f"{{{source}}}", repr(source)):  # a lambda comes with its line, an entry of a dict perhaps
+            with contextlib.suppress(SyntaxError):
+                return _Bare().visit(ast.parse(form))
+    if isinstance(thing, type):  # of a notebook, which keeps the sources of functions only
+        return ast.Module([_tree_of(part) for part in vars(thing).values() if isinstance(part, FunctionType)], [])
+    return ast.parse("")
+
+
+class _Bare(ast.NodeTransformer):
+    """Code without docstrings and annotations."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.returns = None
+        return self._body(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        return self._body(node)
+
+    def _body(self, node):
+        first = node.body[0]
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            node.body = node.body[1:] or [ast.Pass()]
+        return self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt:
+        if node.value is not None:
+            return self.visit(ast.copy_location(ast.Assign([node.target], node.value), node))
+        node.annotation = ast.Constant(None)
+        return node

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import DIGITS, tiny, tiny_projectable, tiny_source
 
-from projectable import experiment, fingerprint, generators, transformer
+from projectable import experiment, generators, storage, transformer
 from projectable.config import DataConfig
 from projectable.experiment import Run, build, data_for, folder_of, is_done, operations, run, run_many, runs_dir
 from projectable.storage import DamagedFile, root
@@ -159,7 +159,7 @@ def test_the_folder_follows_everything_that_decides_the_numbers():
 @pytest.fixture
 def edit(monkeypatch):
     """edit(old, new, …): the keys of runs, and of data, as if the code of the package said so."""
-    source_of = fingerprint.source_of
+    source_of = storage.source_of
 
     def keys(*changes: str) -> dict[str, str]:
         def edited(module):
@@ -170,16 +170,16 @@ def edit(monkeypatch):
 
         for old in changes[::2]:
             assert any(old in source_of(m) for m in sys.modules if m.startswith("projectable.")), old
-        monkeypatch.setattr(fingerprint, "source_of", edited)
-        fingerprint._read.cache_clear()
-        fingerprint._known.clear()
+        monkeypatch.setattr(storage, "source_of", edited)
+        storage._read.cache_clear()
+        storage._known.clear()
         names = {name: folder_of(config).name for name, config in KEYED.items()}
         datasets = {"data": DIGITS, "fashion": DataConfig(), "glyphs": DataConfig("glyphs")}
         return names | {name: experiment._data_code(data) for name, data in datasets.items()}
 
     yield keys
-    fingerprint._read.cache_clear()
-    fingerprint._known.clear()
+    storage._read.cache_clear()
+    storage._known.clear()
 
 
 KEYED = {
@@ -282,8 +282,8 @@ def test_a_constant_counts_with_its_value(edit, monkeypatch):
     ],
 )
 def test_versions_count_as_far_as_they_can_change_numbers(edit, monkeypatch, name, other, counts):
-    before, version = edit(), fingerprint.version
-    monkeypatch.setattr(fingerprint, "version", lambda n: other if n == name else version(n))
+    before, version = edit(), storage.version
+    monkeypatch.setattr(storage, "version", lambda n: other if n == name else version(n))
     after = edit()
     assert all((before[key] != after[key]) == counts for key in before)
 

@@ -20,8 +20,8 @@ from PIL import Image
 from projectable import experiment, reporting
 from projectable.config import DataConfig
 from projectable.export import evaluate, export, load, write_grid
-from projectable.fingerprint import code_behind
 from projectable.plotting import image_grid
+from projectable.storage import code_behind
 from projectable.tasks import images, make_tasks, split_images
 from projectable.tasks.images import DataError, content_key, load_digits, load_folder, load_images, read_folder
 

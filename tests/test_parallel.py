@@ -13,11 +13,10 @@ import torch
 from conftest import DIGITS, tiny, tiny_projectable, tiny_source
 from torch import distributed
 
-from projectable import experiment, parallel
+from projectable import experiment, training
 from projectable.experiment import Run, data_for, folder_of, is_done, run, run_many
-from projectable.parallel import Jobs, Stop, Team, Torchrun
 from projectable.storage import root
-from projectable.training import train
+from projectable.training import Jobs, Stop, Team, Torchrun, train
 
 ENV = dict(PYTHONPATH=os.pathsep.join([str(root()), str(root() / "tests")]), OMP_NUM_THREADS="1")
 
@@ -182,5 +181,5 @@ def test_in_a_team_signals_may_come_twice():
 
 def test_without_torchrun_a_process_is_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with parallel.team() as team:
+    with training.team() as team:
         assert (team.rank, team.size, team.first(lambda: 3)) == (0, 1, 3)

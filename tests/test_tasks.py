@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from projectable import tasks
-from projectable.tasks import Images, TaskData, images, make_tasks, split_images
-from projectable.tasks.codebook import Codebook, from_patches, to_patches
+from projectable.tasks import Codebook, Images, TaskData, from_patches, images, make_tasks, split_images, to_patches
 from projectable.tasks.images import DataError, load_digits, load_fashion_mnist, load_images
 
 ARGUMENTS = dict(vocab_size=32, patch=2, val_per_class=20)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from projectable.evaluation import bits_per_pixel
-from projectable.fingerprint import code_behind
+from projectable.storage import code_behind
 from projectable.tasks import SPLITS, few, make_tasks, text
 from projectable.tasks.images import DataError
 from projectable.tasks.text import LENGTH, UNKNOWN, Alphabet, Source, sequences

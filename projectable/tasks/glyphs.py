@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from . import SPLITS, TaskData
-from .codebook import Codebook
+from . import SPLITS, Codebook, TaskData
 from .images import DataError
 
 SIZE = 20  # pixels, both ways

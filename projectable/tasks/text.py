@@ -26,8 +26,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 
-from . import SPLITS, TaskData
-from .codebook import Codebook
+from . import SPLITS, Codebook, TaskData
 from .images import DataError
 
 LENGTH = 64  # characters of a sequence
