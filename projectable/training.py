@@ -330,7 +330,7 @@ class _Losses(nn.Module):
         self.model = model
 
     def forward(self, task_ids: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        return self.model.losses(task_ids, tokens)  # type: ignore[operator]
+        return self.model.losses(task_ids, tokens)
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ def test_a_stopped_training_says_how_it_goes_on(other_runs, tmp_path, monkeypatc
 
     monkeypatch.setattr(experiment, "run", interrupted)
     code, said = error_of(capsys, monkeypatch, "train", written(tmp_path, asdict(tiny())))
-    assert code == 130 and said == "stopped: the same command goes on from the last checkpoint"
+    assert code == 130 and said.splitlines()[-1] == "stopped: the same command goes on from the last checkpoint"
 
 
 def test_a_run_is_found_by_its_name_and_info_tells_what_it_is(trained, model):
