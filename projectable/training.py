@@ -217,6 +217,8 @@ def train(
         about |= dict(seconds=time.perf_counter() - began, best=[best.loss, best.step, best.bad])
         save_tensors(checkpoint, _pack(model, optimizer, best), about)
 
+    if stop is not None:
+        stop()  # from here on a step in progress is ended first
     while step < config.steps:
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step, config.steps, config.warmup)

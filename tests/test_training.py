@@ -255,7 +255,7 @@ def test_asked_to_stop_it_does_so_within_a_step_and_loses_nothing(digits, tmp_pa
 
     for stop in (7, 20, 33):  # 20 is a step with an evaluation
         with pytest.raises(KeyboardInterrupt):
-            trained(config, digits, checkpoint=checkpoint, report=report, stop=lambda stop=stop: seen[-1] == stop)
+            trained(config, digits, checkpoint=checkpoint, report=report, stop=lambda stop=stop: seen[-1:] == [stop])
         assert load_tensors(checkpoint)[1]["step"] == stop
     resumed, outcome = trained(config, digits, checkpoint=checkpoint, report=report, stop=lambda: seen[-1] == 40)
     unbroken, expected = trained(config, digits)
