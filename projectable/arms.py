@@ -65,7 +65,7 @@ ARMS = {
         "best universal, distilled from the source",
         "distilled",
         {8: 1.1e-1, 16: 5.6e-2, 32: 2.8e-2},
-        start="source",
+        start="source_control",
         max_seeds=3,
     ),
     "universal_matched": Arm(
