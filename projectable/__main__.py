@@ -1,14 +1,21 @@
-"""The command line: `python -m projectable --help`."""
+"""The command line: `python -m projectable --help`. Whatever is heavy is imported where it is used."""
+
+from __future__ import annotations
 
 import os
 import signal
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from projectable import pages, reporting
+
+if TYPE_CHECKING:
+    from projectable.config import RunConfig
+    from projectable.experiment import Run
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,6 +77,61 @@ def check(notebooks: tuple[Path, ...]) -> None:
 # --------------------------------------------------------------------------------------------- runs and models
 
 
+def chain(config: RunConfig) -> list[RunConfig]:
+    """A config and what it starts from, the first to be trained first."""
+    return [*(chain(config.start) if config.start else []), config]
+
+
+def find_run(name: str | Path) -> Run:
+    """The finished run of that folder, or of that name in runs/. Raises ConfigError saying why there is none."""
+    from projectable.config import ConfigError, config_from
+    from projectable.experiment import MODELS, Run, runs_dir
+    from projectable.storage import read_json
+
+    folder = Path(name) if (Path(name) / "config.json").exists() else runs_dir() / name
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"no run {str(name)!r}; allowed: the folder of a run, or the name of one in {runs_dir()}")
+    if not (folder / "result.json").exists():
+        raise ConfigError(f"{folder} is not finished: `projectable train {folder / 'config.json'}` goes on with it")
+    config = config_from(read_json(folder / "config.json"), MODELS, str(folder / "config.json"))
+    return Run(config, folder)
+
+
+def check_current(run: Run) -> Run:
+    """The run itself. Raises ConfigError where this code would train it otherwise."""
+    from projectable.config import ConfigError
+    from projectable.experiment import folder_of
+
+    if folder_of(run.config).name != run.folder.name:
+        commit, again = run.result.get("commit"), f"`projectable train {run.folder / 'config.json'}` trains it anew"
+        raise ConfigError(f"{run.folder} was trained by other code, at commit {commit}: {again}, or use that commit")
+    return run
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What there is to know of a finished run, in words."""
+    from projectable.experiment import folder_of
+
+    config, result = run.config, run.result
+    options = ", ".join(f"{name}={value}" for name, value in config.options)
+    examples = config.steps * config.tasks_per_step * config.images_per_task
+    losses = ", ".join(f"{member} {loss:.4f}" for member, loss in result["val"].items())
+    rates = ", ".join(f"{member} {rate:g}" for member, rate in config.rates().items() if rate)
+    return {
+        "model": f"{config.model} ({options})" if options else config.model,
+        "members": ", ".join(result["val"]),
+        "source": f"width {config.d_source}, {config.n_layers} layers",
+        "data": f"{config.data.dataset}, tasks: {config.data.tasks}, {config.data.vocab_size} codes",
+        "steps": f"{config.steps:,} ({examples:,} images), the best at {result['best_step']:,}",
+        "learning rates": rates,
+        "val loss": f"{losses} (nats per token, mean over tasks, {config.val_images or 'all'} images each)",
+        "parameters": f"{result['n_parameters']:,} trained",
+        "seconds": f"{result['seconds']:.0f} on {result['device']}",
+        "seed, commit": f"{config.seed}, {result['commit']}",
+        "starts from": str(folder_of(config.start)) if config.start else "nothing",
+    }
+
+
 @cli.command()
 @click.argument("config")
 @executor_option
@@ -86,9 +148,10 @@ def train(config: str, executor: str | None) -> None:
     """
     from tqdm import tqdm
 
-    from projectable import experiment, runs, training
+    from projectable import experiment, training
+    from projectable.config import read_config
 
-    wanted = runs.read_config(config)
+    wanted = read_config(config, experiment.MODELS)
     if executor:
         experiment.run_many([wanted], executor=executor)
         click.echo(experiment.folder_of(wanted))
@@ -96,7 +159,7 @@ def train(config: str, executor: str | None) -> None:
     with training.team() as team, training.Stop(team) as stop:
         said = ""
         try:
-            for part in runs.chain(wanted):
+            for part in chain(wanted):
                 if team.first(partial(experiment.is_done, part)):
                     continue
                 words = " ".join([part.model, *(f"d{size}" for size in part.sizes)])
@@ -136,10 +199,9 @@ def project(run: str, task: str, width: str, output: str, overwrite: bool, onnx:
     \b
     Example: projectable project runs/projectable-0123456789ab --task coat --width 16 -o coat16
     """
-    from projectable import runs
     from projectable.export import export
 
-    export(runs.check_current(runs.find_run(run)), width, task, output, overwrite, onnx)
+    export(check_current(find_run(run)), width, task, output, overwrite, onnx)
     click.echo(output)
 
 
@@ -191,13 +253,13 @@ def info(what: str) -> None:
     \b
     Example: projectable info coat16
     """
-    from projectable import export, runs
+    from projectable import export
 
     folder = Path(what)
     if export.looks_like_model(folder):
         rows = export.facts(export.load(folder).config)
     else:
-        rows = runs.facts(runs.find_run(what))
+        rows = facts(find_run(what))
     for name, value in rows.items():
         click.echo(f"{name + ':':15} {value}")
 

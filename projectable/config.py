@@ -1,14 +1,20 @@
 """What a run is: everything that decides its numbers, in one frozen description.
 
-`Profile` fixes the setting that all arms of a comparison share; `RunConfig` is one training run.
+`Profile` fixes the setting that all arms of a comparison share; `RunConfig` is one training run,
+which may be read from JSON: what it says is checked.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+import types
+import typing
+from collections.abc import Collection
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
 
+from .storage import read_json
 from .transformer import Shape
 
 PRECISIONS = ("float32", "bfloat16")
@@ -180,3 +186,92 @@ def get_profile(name: str) -> Profile:
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}; allowed: {', '.join(PROFILES)}")
     return PROFILES[name]
+
+
+# ---------------------------------------------------------------------------------------------- a config as JSON
+
+AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
+ONE_SIZE = ("universal", "distilled", "specialists")
+NEED_START = ("distilled", "projectable")
+
+
+class ConfigError(ValueError):
+    """A config, or a run that was asked for, is none; the message names the value and what is allowed."""
+
+
+def read_config(path: str | Path, models: Collection[str]) -> RunConfig:
+    """The config in a JSON file, e.g. a run's config.json, of one of the `models`. Raises ConfigError naming file, key
+    and value.
+    """
+    path = Path(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; allowed: a config as JSON, as config.json in every run") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no JSON ({error})") from None
+    if isinstance(found, dict) and "sha256" in found:  # a run's own: what it says has to be what was trained
+        found = read_json(path)
+    return config_from(found, models, str(path))
+
+
+def config_from(found: dict, models: Collection[str], where: str = "config") -> RunConfig:
+    """The config that `dataclasses.asdict` turned into `found`; options may be an object. Raises ConfigError.
+
+    `models` are the names of models that are allowed.
+    """
+    config = _build(RunConfig, found, where)
+    if config.model not in models:
+        raise ConfigError(f"{where}: unknown model {config.model!r}; allowed: {', '.join(models)}")
+    for name in AT_LEAST_1:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{where}: {name}={getattr(config, name)}; allowed: 1 or more")
+    if config.model in ONE_SIZE and len(config.sizes) != 1:
+        raise ConfigError(f"{where}: sizes={list(config.sizes)}; allowed for model {config.model!r}: one size")
+    if config.model in NEED_START and config.start is None:
+        raise ConfigError(f"{where}: model {config.model!r} needs 'start', the config of a source")
+    return config
+
+
+def _build(cls: type, found, where: str):
+    """A dataclass from an object of its fields."""
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where} is {found!r:.60}; allowed: an object with the keys of {cls.__name__}")
+    known = {field.name: field for field in fields(cls)}
+    unknown = [key for key in found if key not in known]
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(known)}")
+    missing = [name for name, field in known.items() if field.default is MISSING and name not in found]
+    if missing:
+        raise ConfigError(f"{where}: missing {', '.join(missing)}")
+    kinds = typing.get_type_hints(cls)
+    values = {key: _value(kinds[key], value, f"{where}: {key}", where) for key, value in found.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _value(kind, value, words: str, where: str):
+    """`value` as a field of that type holds it."""
+    if kind is DataConfig:
+        return _build(DataConfig, value, f"{where}, data")
+    if isinstance(kind, types.UnionType):
+        return None if value is None else _build(RunConfig, value, f"{where}, start")
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        if inner not in (int, float):  # options: pairs, or an object
+            pairs = list(value.items()) if isinstance(value, dict) else value
+            if not isinstance(pairs, list) or not all(
+                isinstance(p, list | tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs
+            ):
+                raise ConfigError(f"{words}={value!r:.60}; allowed: an object, or a list of [name, value]")
+            return tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in pairs)
+        if not isinstance(value, list):
+            raise ConfigError(f"{words}={value!r:.60}; allowed: a list of {inner.__name__}")
+        return tuple(_value(inner, x, words, where) for x in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{words}={value!r:.60}; allowed: {kind.__name__}")
+    return value

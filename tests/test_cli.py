@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 from conftest import tiny, tiny_projectable, tiny_source
 
-from projectable import experiment, runs
-from projectable.__main__ import cli, main
-from projectable.runs import ConfigError, check_current, config_from, find_run, read_config
+from projectable import experiment
+from projectable.__main__ import check_current, cli, find_run, main
+from projectable.config import ConfigError, config_from, read_config
+from projectable.experiment import MODELS
 from projectable.storage import load_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -179,14 +180,14 @@ def test_errors_are_one_line_that_names_the_value(trained, model, tmp_path, caps
 
 def test_a_config_survives_json():
     for config in (tiny(), tiny_projectable(**TRAINED), tiny_source(start=tiny_source(), patience=2)):
-        again = config_from(json.loads(json.dumps(asdict(config))))
+        again = config_from(json.loads(json.dumps(asdict(config))), MODELS)
         assert again == config and again.key() == config.key()
     found = asdict(tiny_projectable(**TRAINED)) | dict(options={"family": "Linear", "z_dim": 4}, source_lr=1)
-    assert config_from(json.loads(json.dumps(found))) == tiny_projectable(**TRAINED | dict(source_lr=1.0))
+    assert config_from(json.loads(json.dumps(found)), MODELS) == tiny_projectable(**TRAINED | dict(source_lr=1.0))
 
 
 def test_the_example_is_a_config():
-    assert read_config(ROOT / "notebooks/digits.json").start.model == "source"
+    assert read_config(ROOT / "notebooks/digits.json", MODELS).start.model == "source"
 
 
 GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
@@ -220,7 +221,7 @@ GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
 def test_a_config_that_is_none_is_named(tmp_path, changes, words):
     found = {key: value for key, value in (GOOD | changes).items() if value is not ...}
     with pytest.raises(ConfigError, match=words) as error:
-        read_config(written(tmp_path, found))
+        read_config(written(tmp_path, found), MODELS)
     assert str(tmp_path / "config.json") in str(error.value)
 
 
@@ -228,7 +229,7 @@ def test_a_file_that_is_no_json_is_named(tmp_path):
     for content in (b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[1]"):
         (tmp_path / "x.json").write_bytes(content)
         with pytest.raises(ConfigError, match=r"x\.json is"):
-            read_config(tmp_path / "x.json")
+            read_config(tmp_path / "x.json", MODELS)
 
 
 def test_an_unfinished_run_says_how_to_go_on(tmp_path, other_runs):
@@ -242,7 +243,7 @@ def test_an_unfinished_run_says_how_to_go_on(tmp_path, other_runs):
 def test_a_run_of_other_code_is_not_trained_again_in_silence(trained, other_runs, monkeypatch):
     found = find_run(trained.folder)
     assert check_current(found) is found and found.model()  # what it started from is not needed
-    monkeypatch.setattr(runs, "folder_of", lambda _: other_runs / "projectable-000000000000")
+    monkeypatch.setattr(experiment, "folder_of", lambda _: other_runs / "projectable-000000000000")
     with pytest.raises(ConfigError, match=r"was trained by other code, at commit .*: `projectable train"):
         check_current(found)
     assert not list(other_runs.glob("*")) and load_tensors(trained.folder / "model.safetensors")

@@ -17,10 +17,11 @@ import torch
 from conftest import DIGITS, tiny
 
 from projectable import experiment
+from projectable.__main__ import find_run
+from projectable.config import ConfigError
 from projectable.experiment import Run, data_for, folder_of, is_done, run, runs_dir
 from projectable.export import ModelError, export
 from projectable.export import load as load_model
-from projectable.runs import ConfigError, find_run
 from projectable.storage import DamagedFile, WriteError, load_tensors, locked, root, save_tensors, write_json
 from projectable.tasks import images
 from projectable.training import train
