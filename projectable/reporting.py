@@ -284,19 +284,22 @@ def run_notebook(path: Path, profile: str, parameters: dict | None = None) -> St
     return status
 
 
-def render(path: Path, status: Status) -> None:
-    """Write a notebook's page from its executed copy (without one, from its source), then its status."""
+def render(path: Path, status: Status, among: list[str] | None = None) -> None:
+    """Write a notebook's page from its executed copy (without one, from its source), then its status.
+
+    It leads to the pages before and after it of `among`, by default of all notebooks.
+    """
     executed = build_dir(status.profile) / path.name
     nb = read_notebook(executed if executed.exists() else path)
     outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
     status.figure = next((o.metadata["figure"] for o in outputs if "figure" in o.get("metadata", {})), "")
-    render_page(nb, reports_dir(status.profile) / f"{path.stem}.html", status)
+    render_page(nb, reports_dir(status.profile) / f"{path.stem}.html", status, among)
     status.write()
 
 
-def render_page(executed_nb, html_path: Path, status: Status) -> None:
+def render_page(executed_nb, html_path: Path, status: Status, among: list[str] | None = None) -> None:
     """Write an executed notebook as one HTML file that opens without a network."""
-    names = [path.stem for path in notebook_paths()]
+    names = among or [path.stem for path in notebook_paths()]
     at = names.index(status.notebook) if status.notebook in names else 0
     html = pages.notebook_html(
         executed_nb,
@@ -424,10 +427,10 @@ def report(profile: str) -> int:
     """Make the pages and the index again from the executed notebooks, without running anything."""
     count = 0
     with lock(profile):
-        for path in notebook_paths():
-            if (build_dir(profile) / path.name).exists():
-                render(path, read_status(path, profile))
-                count += 1
+        executed = [path for path in notebook_paths() if (build_dir(profile) / path.name).exists()]
+        for path in executed:
+            render(path, read_status(path, profile), [path.stem for path in executed])
+            count += 1
         merge_claims(profile)
         build_index(profile)
     if profile == "laptop":
