@@ -182,6 +182,10 @@ def train(config: str, executor: str | None) -> None:
             sys.exit(128 + (stop.signal or signal.SIGINT))
         if team.rank == 0:
             click.echo(experiment.folder_of(wanted))
+    if team.size > 1:  # all is written: threads of the process group may abort an interpreter that tidies up
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 @cli.command()

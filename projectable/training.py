@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import math
 import os
@@ -348,7 +349,9 @@ def team() -> Iterator[Team]:
     distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
     try:
         yield Torchrun()
+        distributed.barrier()  # nobody leaves while another still talks
     finally:
+        gc.collect()  # what holds the group goes first
         distributed.destroy_process_group()
 
 
