@@ -2,7 +2,9 @@
 
 Rules, alike for all arms: the trials of a sweep are full-length runs of the first seed, `profile.trials` of them a
 size, a factor 2 apart; where the best is at an edge, the sweep goes on beyond it. The rate with the lowest validation
-loss is used for every seed. A choice between variants (the best conditioning) is made on validation images, too.
+loss is used for every seed. A choice between variants (the best conditioning) is made on validation images, too. What
+the source learns alone is a beginning: its rate there is the one after which projections come out best, all sizes
+together, with the rates in the middle of their own sweep.
 """
 
 from __future__ import annotations
@@ -168,8 +170,13 @@ class Study:
 
     # ----------------------------------------------------------------------------------------------- configs
 
-    def config(self, name: str, rates: dict[int, float], seed: int) -> RunConfig:
-        """The run of an arm for the sizes in `rates` (learning rate by size), a seed and this profile."""
+    def config(
+        self, name: str, rates: dict[int, float], seed: int, source_rates: tuple[float, float] | None = None
+    ) -> RunConfig:
+        """The run of an arm for the sizes in `rates` (learning rate by size), a seed and this profile.
+
+        `source_rates`: of a source alone, and of it beside projections, where they are not to be the chosen ones.
+        """
         arm, p = EVERY[name], self.profile
         sizes = () if arm.model == "source" else tuple(sorted(rates))
         options, start = dict(arm.options), None
@@ -185,12 +192,14 @@ class Study:
             best = self.best_universal(*sizes)
             start = self.config(best, {s: self.rates(best)[s] for s in sizes}, seed).with_(steps=both - n_steps)
         elif arm.start:
-            start = self.config(arm.start, self.rates(arm.start), p.seeds[0] if arm.one_start else seed)
+            start_rates = {p.d_source: source_rates[0]} if source_rates else self.rates(arm.start)
+            start = self.config(arm.start, start_rates, p.seeds[0] if arm.one_start else seed)
         source_lr = 0.0
         if arm.model == "source":
             (source_lr,) = rates.values()
         elif arm.model == "projectable" and options.get("source_mode", "trained").endswith("trained"):
-            (source_lr,) = self.rates("source_control").values()  # chosen for the control, not for us
+            # chosen for the control, not for us
+            source_lr = source_rates[1] if source_rates else self.rates("source_control")[p.d_source]
         return RunConfig(
             arm.model,
             self.data,
@@ -227,9 +236,15 @@ class Study:
         """{(size, power): config}: rate = middle · FACTOR^power. Projections train all sizes in one run."""
         seed, arm = self.profile.seeds[0], EVERY[name]
 
-        def rate(size: int, power: int) -> float:
+        def rate(size: int, power: int, arm: Arm = arm) -> float:
             return float(f"{arm.middle(size) * FACTOR**power:.2g}")
 
+        if name == "source":  # judged by the projections that start from it
+            (size,), middle, control = powers, ARMS["projected"].middle, ARMS["source_control"].middle
+            rates = {s: middle(s) for s in self.sizes}
+            return {
+                (size, k): self.config("projected", rates, seed, (rate(size, k), control(size))) for k in powers[size]
+            }
         if arm.model == "projectable":
             every = sorted({k for ks in powers.values() for k in ks})
             sizes = self._sizes(name)
@@ -248,30 +263,22 @@ class Study:
             runs = dict(zip([c.key() for c in unique], run_many(unique, f"sweep of {_words(names)}"), strict=True))
             rows, again = [], False
             for name in names:
-                member = "source" if EVERY[name].model == "source" else None
+                whole = EVERY[name].model == "source"
                 for size in self._sizes(name):
+                    judged = [f"d{s}" for s in self.sizes] if name == "source" else ["source" if whole else f"d{size}"]
                     ks = sorted(k for s, k in trials[name] if s == size)
                     found = {k: runs[trials[name][size, k].key()] for k in ks}
-                    losses = {k: r.result["val"][member or f"d{size}"] for k, r in found.items()}
+                    losses = {k: sum(r.result["val"][m] for m in judged) / len(judged) for k, r in found.items()}
                     best = min(losses, key=losses.__getitem__)
                     edge = best in (ks[0], ks[-1])
                     if edge and len(ks) < self.profile.max_trials:
                         powers[name][size] = [*ks, best + (1 if best == ks[-1] else -1)]
                         again = True
                     for k in ks:
-                        config = trials[name][size, k]
-                        lr = config.source_lr if member else dict(zip(config.sizes, config.lr, strict=True))[size]
-                        rows.append(
-                            dict(
-                                arm=name,
-                                d_s=size,
-                                lr=lr,
-                                val_loss=losses[k],
-                                best=k == best,
-                                at_edge=edge and k == best,
-                            )
-                            | dict(seconds=found[k].result["seconds"])
-                        )
+                        config = (name == "source" and trials[name][size, k].start) or trials[name][size, k]
+                        lr = config.source_lr if whole else dict(zip(config.sizes, config.lr, strict=True))[size]
+                        row = dict(arm=name, d_s=size, lr=lr, val_loss=losses[k], best=k == best)
+                        rows.append(row | dict(at_edge=edge and k == best, seconds=found[k].result["seconds"]))
             if not again:
                 return pd.DataFrame(rows)
 
@@ -325,7 +332,7 @@ class FewArm:
     after: str = ""  # the FewArm from whose run it goes on, specialists from its small models
 
 
-FEW = {
+FEW_IMAGES = {
     "projected_vector": FewArm("projected, task vector tuned", "adapted", "projected", {8: 5e-2}, "vector"),
     "projected_maps": FewArm("projected, maps tuned", "adapted", "projected", {8: 5e-2}, "maps"),
     "projected_model": FewArm(
@@ -342,7 +349,7 @@ FEW = {
 
 
 class Scarce:
-    """New tasks with n images of each, after a study of other tasks: the arms of `FEW`, swept and run over seeds.
+    """New tasks with n images of each, after a study of others: the arms of `FEW_IMAGES`, swept and run over seeds.
 
     A seed also draws the images; a fifth of them, at least one a task, choose the step and the learning rate.
     """
@@ -361,7 +368,7 @@ class Scarce:
 
     def config(self, name: str, size: int, lr: float, seed: int) -> RunConfig:
         """The run of an arm, a size, a learning rate and a seed."""
-        arm, p = FEW[name], self.study.profile
+        arm, p = FEW_IMAGES[name], self.study.profile
         start = self._base(arm.base, size, seed)
         if arm.after:
             start = self.config(arm.after, size, self.rate(arm.after, size), seed)
@@ -391,7 +398,7 @@ class Scarce:
         keys, configs = [], []
         for name in names:
             for size in self.study.sizes:
-                middle = FEW[name].lr[max(s for s in FEW[name].lr if s <= size)]
+                middle = FEW_IMAGES[name].lr[max(s for s in FEW_IMAGES[name].lr if s <= size)]
                 for power in powers:
                     lr = float(f"{middle * 3.0**power:.2g}")
                     keys.append(dict(arm=name, n=self.n, d_s=size, lr=lr))

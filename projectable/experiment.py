@@ -168,8 +168,9 @@ def _tuned(config: RunConfig, data: TaskData, start: Projectable) -> Model:
 def _adapted(config: RunConfig, data: TaskData, start: Model, tune: str = "vector") -> Model:
     if isinstance(start, Universal):
         return for_new_tasks(start, data.n_tasks, tune)
+    if not isinstance(start, Projectable):
+        raise ValueError("the model 'adapted' needs a start; allowed: the config of a projectable or universal model")
     support = data.first("train", 16)
-    assert isinstance(start, Projectable)
     return Adapted(start, data.n_tasks, config.sizes, support, tune)
 
 
