@@ -190,7 +190,8 @@ def steps_worth(steps, losses, loss: float) -> float:
     x, y = np.log(np.asarray(steps, float)), np.minimum.accumulate(np.asarray(losses, float))
     if loss < y[-1]:
         return math.inf
-    return float(np.exp(np.interp(-loss, -y, x)))
+    gains = np.diff(y, prepend=math.inf) < 0  # more steps that are no better count for nothing
+    return float(np.exp(np.interp(-loss, -y[gains], x[gains])))
 
 
 def deviation_ratio(a, b, level: float = 0.95) -> tuple[float, float, float]:

@@ -1,0 +1,180 @@
+"""How learning rates, variants and starts are chosen, with runs whose losses are made up; how new tasks are met."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import DIGITS, randomise, tiny, tiny_projectable, tiny_source
+
+from projectable import arms, experiment
+from projectable.arms import ARMS, EVERY, FEW_IMAGES, UNIVERSALS, Scarce, Study
+from projectable.baselines import Universal, for_new_tasks
+from projectable.config import get_profile
+from projectable.projection import Adapted
+
+PROFILE = replace(get_profile("smoke"), trials=3, max_trials=6)
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """A study whose runs end at once with the loss that `study.loss(config, member)` gives; `study.asked` keeps all."""
+    found = Study(PROFILE)
+    found.asked = []
+
+    def run_many(configs, words, test=False):
+        found.asked += configs
+        runs = []
+        for config in configs:
+            members = [f"d{s}" for s in config.sizes] + ["source"]
+            result = {"val": {m: found.loss(config, m) for m in members}, "seconds": 1.0}
+            runs.append(SimpleNamespace(config=config, result=result))
+        return runs
+
+    monkeypatch.setattr(arms, "run_many", run_many)
+    return found
+
+
+def bowl(lr, best):
+    """A loss that is least at that rate, and the larger the more factors away."""
+    return 1.0 + abs(math.log2(lr / best))
+
+
+def test_a_sweep_goes_on_until_the_best_is_inside(study):
+    study.loss = lambda config, member: bowl(config.lr[0], 0.32)
+    trials = study.sweep("universal_film")
+    eight = trials[trials.d_s == 8]
+    assert eight.lr.tolist() == [0.04, 0.08, 0.16, 0.32, 0.64]
+    assert eight.lr[eight.best].tolist() == [0.32] and not eight.at_edge.any()
+    assert study.rates("universal_film")[8] == 0.32
+
+
+def test_a_best_that_stays_at_the_edge_is_marked(study):
+    study.loss = lambda config, member: -config.lr[0]
+    trials = study.sweep("universal_film")
+    assert (trials.groupby("d_s").size() == PROFILE.max_trials).all()
+    assert trials.groupby("d_s").at_edge.sum().tolist() == [1, 1, 1]
+
+
+def test_sizes_of_one_run_have_rates_of_their_own(study):
+    best = {"d8": 6.8e-3, "d16": 3.4e-3, "d24": 1.4e-2}
+    study._rates |= {"source": {32: 1e-2}, "source_control": {32: 1e-2}}
+    study.loss = lambda config, member: bowl(
+        config.lr[config.sizes.index(int(member[1:]))] if member in best else 1, best.get(member, 1)
+    )
+    assert study.rates("projected") == {8: 6.8e-3, 16: 3.4e-3, 24: 1.4e-2}
+
+
+def test_the_sources_beginning_is_judged_by_its_projections(study):
+    def loss(config, member):
+        if config.model == "projectable":
+            return bowl(config.start.source_lr, 7e-3)
+        return bowl(config.source_lr, 2.8e-2)  # its own loss would choose another
+
+    study.loss = loss
+    trials = study.sweep("source")
+    assert trials.lr[trials.best].tolist() == [7e-3] and set(trials.arm) == {"source"}
+    assert all(config.model == "projectable" for config in study.asked)
+    assert all(config.lr == tuple(ARMS["projected"].middle(s) for s in PROFILE.sizes) for config in study.asked)
+    assert {config.source_lr for config in study.asked} == {ARMS["source_control"].middle(32)}
+    assert study.rates("source_control") == {32: 2e-2}, "the control is judged by itself, as far as its sweep goes"
+    config = study.config("projected", {s: 1e-3 for s in PROFILE.sizes}, seed=1)
+    assert (config.start.source_lr, config.start.seed, config.source_lr) == (7e-3, 1, 2e-2)
+
+
+def test_the_best_universal_model_is_chosen_by_size_on_validation_images(study):
+    favour = {8: "film", 16: "adaln", 24: "token"}
+    study.loss = lambda config, member: (
+        bowl(config.lr[0], 0.08) - 0.5 * (dict(config.options)["conditioning"] == favour[config.sizes[0]])
+    )
+    assert [study.best_universal(s) for s in PROFILE.sizes] == ["universal_film", "universal_adaln", "universal_token"]
+    runs = study.seeds("universal")["universal"]
+    assert sorted((r.config.sizes[0], r.config.seed) for r in runs) == [(s, i) for s in PROFILE.sizes for i in (0, 1)]
+    assert {dict(r.config.options)["conditioning"] for r in runs} == set(favour.values())
+
+
+def test_tuned_specialists_and_their_start_see_as_many_examples_as_all(study):
+    study.loss = lambda config, member: bowl(config.lr[0], 0.08)
+    config = study.config("specialists_tuned", {8: 1e-2}, seed=1)
+    assert config.start.model == "universal" and config.start.seed == 1
+    assert config.steps + config.start.steps == PROFILE.source_steps + PROFILE.joint_steps
+    assert study.config("specialists", {8: 1e-2}, seed=0).steps == PROFILE.source_steps + PROFILE.joint_steps
+
+
+def test_every_arm_is_in_one_place_and_starts_somewhere():
+    assert set(UNIVERSALS) <= set(ARMS) <= set(EVERY)
+    assert all(arm.start in ("", "universal", *EVERY) for arm in EVERY.values())
+    assert all(arm.base in ("", "universal", *EVERY) and arm.after in ("", *FEW_IMAGES) for arm in FEW_IMAGES.values())
+
+
+# -------------------------------------------------------------------------------------------------- new tasks
+
+
+@pytest.mark.parametrize("conditioning", ["token", "additive", "film", "adaln"])
+def test_a_universal_model_for_new_tasks_starts_at_the_mean_of_those_it_knows(shape, conditioning):
+    known = randomise(Universal(shape, 3, conditioning))
+    new = for_new_tasks(known, 5)
+    ids = torch.arange(5)
+    mean = Universal(shape, 1, conditioning)
+    table = "film" if conditioning == "film" else "task_embedding"
+    state = known.state_dict()
+    mean.load_state_dict(state | {table: state[table].mean(0, keepdim=True)})
+    for name, w in new.weights("d16", ids).items():
+        torch.testing.assert_close(w, mean.weights("d16", torch.zeros(5, dtype=torch.long))[name])
+    assert [name for name, p in new.named_parameters() if p.requires_grad] == [table]
+    assert all(p.requires_grad for p in for_new_tasks(known, 5, "maps").parameters())
+    with pytest.raises(ValueError, match="unknown tune 'all'; allowed: vector, maps"):
+        for_new_tasks(known, 5, "all")
+
+
+@pytest.fixture(scope="module")
+def base():
+    return experiment.run(tiny_projectable()).model()
+
+
+def test_projections_for_new_tasks_start_at_the_mean_and_tune_what_they_say(base, digits):
+    support = digits.first("train", 4)[:2]
+    new = Adapted(base, 2, (8,), support)
+    assert new.members == ("d8",)
+    known = base.conditioning["d8"](torch.arange(10)).mean(0)
+    torch.testing.assert_close(new.vectors["d8"][1], known)
+    ids = torch.arange(2)
+    before = base.projections["d8"].stream.base.clone()
+    optimizer = torch.optim.SGD([p for ps in new.groups().values() for p in ps], lr=0.1)
+    first = new.losses(ids, support)["d8"].sum()
+    for _ in range(10):
+        optimizer.zero_grad()
+        new.losses(ids, support)["d8"].sum().backward()
+        optimizer.step()
+    assert new.losses(ids, support)["d8"].sum() < first
+    assert torch.equal(base.projections["d8"].stream.base, before), "only vectors and what the source is told"
+    assert not any(p.requires_grad for p in base.source.parameters())
+
+
+def test_maps_for_new_tasks_are_tuned_where_asked(base, digits):
+    support = digits.first("train", 4)[:2]
+    new = Adapted(base, 2, (8,), support, "maps")
+    assert any(p is base.projections["d8"].stream.base for p in new.groups()["d8"])
+    assert new.rate_factor("vectors.d8") == 1.0
+    assert new.rate_factor("base.projections.d8.stream.base") == pytest.approx(0.01)
+    with pytest.raises(ValueError, match="unknown tune 'model'; allowed: vector, maps"):
+        Adapted(base, 2, (8,), support, "model")
+
+
+def test_new_tasks_need_a_start(digits):
+    with pytest.raises(ValueError, match="'adapted' needs a start; allowed: the config of a projectable or universal"):
+        experiment.build(
+            tiny(model="adapted", start=tiny_source().with_(model="specialists", sizes=(8,), lr=(1e-2,))), digits
+        )
+
+
+def test_a_few_images_of_new_tasks_choose_their_own_rate(study):
+    study.loss = lambda config, member: bowl(config.lr[0], 0.15)
+    scarce = Scarce(study, "heldout20", 5, 20)
+    trials = scarce.sweep("scratch")
+    assert trials.lr.tolist()[:3] == pytest.approx([0.0067, 0.02, 0.06])
+    assert trials.lr[trials.best & (trials.d_s == 8)].tolist() == [0.06] and scarce.rate("scratch", 8) == 0.06
+    config = scarce.config("scratch", 8, 0.06, seed=1)
+    assert config.data.tasks == "heldout20-few5-s1" and config.seed == 1 and config.start is None
+    assert DIGITS.dataset == config.data.dataset

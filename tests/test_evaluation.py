@@ -1,0 +1,144 @@
+"""What decides verdicts, against numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_projectable
+
+from projectable import evaluation, experiment
+
+
+def table(**arms):
+    """Losses {arm: rows of tasks, one row a seed} of width 8 as `loss_table` lays them out."""
+    rows = [
+        dict(arm=arm, d_s=8, seed=seed, task=f"task {task}", loss=loss)
+        for arm, losses in arms.items()
+        for seed, row in enumerate(losses)
+        for task, loss in enumerate(row)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_gaps_are_paired_by_seed_and_averaged_over_tasks():
+    losses = table(rival=[[1.0, 2.0], [1.5, 2.5], [9.0, 9.0]], ours=[[0.5, 2.1], [1.0, 2.0]])
+    gaps = evaluation.paired_gaps(losses, "rival", "ours")
+    assert gaps.seed.tolist() == [0, 1], "the rival's third seed has no partner"
+    assert gaps.gap.tolist() == pytest.approx([0.2, 0.5])
+    assert evaluation.seed_means(losses).query("arm == 'ours'").loss.tolist() == pytest.approx([1.3, 1.5])
+
+
+def test_the_interval_is_students():
+    # 1, 2, 3, 4: mean 2.5, s = √(5/3), t₃ = 3.18245 → half-width 3.18245 · 1.29099 / 2
+    mean, low, high = evaluation.t_interval([1, 2, 3, 4])
+    assert (mean, low, high) == pytest.approx((2.5, 2.5 - 2.05426, 2.5 + 2.05426), abs=1e-4)
+    assert math.isnan(evaluation.t_interval([1.0])[1])
+
+
+@pytest.mark.parametrize(
+    "low, high, seeds, above, word",
+    [
+        (0.1, 0.2, 3, 0.0, "reproduced"),
+        (-0.2, -0.1, 3, 0.0, "not reproduced"),
+        (-0.1, 0.1, 3, 0.0, "inconclusive"),
+        (0.1, 0.2, 2, 0.0, "inconclusive"),
+        (0.1, 0.2, 3, 0.15, "inconclusive"),
+        (-0.004, 0.2, 3, -0.005, "reproduced"),
+        (math.nan, math.nan, 3, 0.0, "inconclusive"),
+    ],
+)
+def test_the_rule_of_a_verdict(low, high, seeds, above, word):
+    assert evaluation.verdict(low, high, seeds, above) == word
+
+
+def test_a_judgement_is_the_interval_and_its_verdict():
+    found = evaluation.judge([0.1, 0.11, 0.12])
+    assert found["value"] == pytest.approx(0.11) and found["seeds"] == 3 and found["verdict"] == "reproduced"
+    assert found["ci_high"] - found["value"] == pytest.approx(4.30265 * 0.01 / math.sqrt(3), abs=1e-6)
+    assert evaluation.judge([0.1, 0.11, 0.12], above=0.2)["verdict"] == "not reproduced"
+
+
+def test_the_crossed_bootstrap_is_wider_where_tasks_differ():
+    same = table(rival=[[1.0] * 8] * 5, ours=[[0.9] * 8] * 5)
+    assert evaluation.crossed_bootstrap(same, "rival", "ours") == pytest.approx((0.1, 0.1, 0.1))
+    by_task = table(rival=[[1.0] * 8] * 5, ours=[[0.8, 1.0] * 4] * 5)  # gaps 0.2 and 0, alike for all seeds
+    mean, low, high = evaluation.crossed_bootstrap(by_task, "rival", "ours")
+    # redrawing 8 tasks: standard deviation 0.1/√8, 2.5 % points near 1.96 of them
+    assert mean == pytest.approx(0.1) and (high - low) / 2 == pytest.approx(1.96 * 0.1 / math.sqrt(8), rel=0.15)
+    gaps = evaluation.paired_gaps(by_task, "rival", "ours").gap
+    assert evaluation.t_interval(gaps)[1] == pytest.approx(0.1), "the t interval over seeds does not see that"
+
+
+def test_the_width_that_matches():
+    sizes, losses = [8, 16, 32], [2.0, 1.5, 1.25]
+    assert evaluation.matching_width(sizes, losses, 1.75) == pytest.approx(8 * math.sqrt(2))
+    assert evaluation.matching_width(sizes, losses, 1.5) == pytest.approx(16)
+    assert evaluation.matching_width(sizes, losses, 1.0) == pytest.approx(64), "the last slope goes on"
+    assert evaluation.matching_width(sizes, losses, 2.5) == pytest.approx(4), "and the first"
+    assert math.isnan(evaluation.matching_width([8, 16], [1.0, 1.1], 0.9)), "wider is worse: no width matches"
+
+
+def test_the_steps_that_a_projection_is_worth():
+    steps, losses = [100, 1000, 10_000], [2.0, 1.5, 1.4]
+    assert evaluation.steps_worth(steps, losses, 1.75) == pytest.approx(100 * math.sqrt(10))
+    assert evaluation.steps_worth(steps, losses, 1.4) == pytest.approx(10_000)
+    assert evaluation.steps_worth(steps, losses, 3.0) == pytest.approx(100)
+    assert evaluation.steps_worth(steps, losses, 1.3) == math.inf
+    # more steps that end worse (another seed's sweep) do not count against the shorter run
+    assert evaluation.steps_worth(steps, [2.0, 1.5, 1.6], 1.5) == pytest.approx(1000)
+
+
+def test_the_ratio_of_deviations_by_the_f_distribution():
+    a, b = [0.0, 2.0, 4.0], [0.0, 1.0, 2.0]
+    ratio, low, high = evaluation.deviation_ratio(a, b)
+    assert ratio == pytest.approx(2.0)
+    assert (low, high) == pytest.approx((2 / math.sqrt(39.0), 2 * math.sqrt(39.0)))  # F(2, 2) at 97.5 % is 39
+    assert evaluation.deviation_ratio(a, a)[1] < 1 < evaluation.deviation_ratio(a, a)[2]
+
+
+def test_an_image_is_named_by_the_likeliest_model():
+    losses = torch.tensor([[[1.0, 3.0], [2.0, 2.0]], [[2.0, 2.0], [1.0, 1.0]]])  # (2 models, 2 tasks, 2 images)
+    assert evaluation.naming_accuracy(losses) == 0.75  # the second image of task 0 goes to model 1
+
+
+def test_bits_per_pixel():
+    assert evaluation.bits_per_pixel(math.log(2), 49, 784) == pytest.approx(49 / 784)
+
+
+@pytest.fixture(scope="module")
+def projectable():
+    return experiment.run(tiny_projectable()).model()
+
+
+def test_swapping_tasks_gives_each_models_loss_on_each_tasks_images(projectable, digits):
+    found = evaluation.swap_losses(projectable, "d8", digits, per_task=5)
+    assert found.shape == (10, 10, 5)
+    own = projectable.losses(torch.tensor([3]), digits.first("test", 5)[3:4])["d8"]
+    torch.testing.assert_close(found[3, 3].mean(), own[0].detach())
+
+
+def test_a_model_agrees_with_itself_and_not_with_another(projectable, digits):
+    other = experiment.run(tiny_projectable(seed=1)).model()
+    kl = evaluation.disagreement([projectable, other], "d8", digits, per_task=5)
+    assert kl.diagonal().abs().max() < 1e-6 and kl[0, 1] > 1e-4 and kl[1, 0] > 1e-4
+
+
+def test_the_line_between_two_tasks_ends_at_their_models(projectable, digits):
+    line = evaluation.losses_between(projectable, "d8", digits, [0.0, 0.5, 1.0], per_task=5)
+    swapped = evaluation.swap_losses(projectable, "d8", digits, per_task=5).mean(-1)
+    first = line[line.task == digits.task_names[0]].set_index("fraction")
+    assert first.own[0.0] == pytest.approx(swapped[0, 0].item(), abs=1e-5)
+    assert first.own[1.0] == pytest.approx(swapped[1, 0].item(), abs=1e-5), (
+        "the next task's model on the first's images"
+    )
+    assert first.other[1.0] == pytest.approx(swapped[1, 1].item(), abs=1e-5)
+
+
+def test_what_generation_costs(projectable):
+    cost = evaluation.generation_cost(projectable, "d8", repeats=3)
+    assert cost["deployed"] >= 2 * 32 * 8 + 16 * 8 + 12 * 64
+    assert cost["source"] == sum(p.numel() for p in projectable.source.parameters())
+    assert cost["multiply_adds"] > 16 * 8 * 32 and 0 < cost["ms_low"] <= cost["ms"] <= cost["ms_high"]
+    assert np.isfinite(cost["ms"])
