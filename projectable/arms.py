@@ -117,6 +117,13 @@ DIRECT["specialists_matched"] = Arm(
     "matched",
     max_seeds=3,
 )
+DIRECT["specialists_distilled"] = Arm(
+    "specialists from scratch, distilled from the source",
+    "distilled_specialists",
+    {8: 5.6e-2, 16: 2.8e-2, 32: 1.4e-2},
+    start="source_control",
+    max_seeds=3,
+)
 DIRECT |= {
     f"tuned_{share:g}": Arm(f"projected, then {share:.0%} of the steps", "tuned", lr, share, "projected", max_seeds=3)
     for share, lr in _TUNED_ON.items()

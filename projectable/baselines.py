@@ -167,11 +167,12 @@ class Specialists(Model):
         return {name: w[task_ids] for name, w in self.per_task.items()}
 
 
-class Distilled(Universal):
-    """A universal model that also learns to answer as the source does: half cross-entropy, half KL to the teacher."""
+class _Taught(Model):
+    """Also learns to answer as the source does: half cross-entropy, half KL to the teacher."""
 
-    def __init__(self, shape: Shape, n_tasks: int, conditioning: str, teacher: Universal, share: float = 0.5):
-        super().__init__(shape, n_tasks, conditioning)
+    share: float
+
+    def _learn_from(self, teacher: Universal, share: float) -> None:
         self.__dict__["teacher"] = teacher.requires_grad_(False)  # no submodule: it is neither trained nor saved here
         self.share = share
 
@@ -189,3 +190,19 @@ class Distilled(Universal):
         hit = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         cross = (target * log_p).sum(-1)
         return {member: -((1 - self.share) * hit + self.share * cross).mean((1, 2))}
+
+
+class Distilled(_Taught, Universal):
+    """A universal model that also learns from a source, the `teacher`."""
+
+    def __init__(self, shape: Shape, n_tasks: int, conditioning: str, teacher: Universal, share: float = 0.5):
+        super().__init__(shape, n_tasks, conditioning)
+        self._learn_from(teacher, share)
+
+
+class DistilledSpecialists(_Taught, Specialists):
+    """Specialists from scratch that also learn from a source, the `teacher`."""
+
+    def __init__(self, shape: Shape, n_tasks: int, teacher: Universal, share: float = 0.5):
+        super().__init__(shape, n_tasks)
+        self._learn_from(teacher, share)

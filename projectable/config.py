@@ -191,8 +191,8 @@ def get_profile(name: str) -> Profile:
 # ---------------------------------------------------------------------------------------------- a config as JSON
 
 AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
-ONE_SIZE = ("universal", "distilled", "specialists")
-NEED_START = ("distilled", "projectable")
+ONE_SIZE = ("universal", "distilled", "specialists", "distilled_specialists")
+NEED_START = ("distilled", "distilled_specialists", "projectable")
 
 
 class ConfigError(ValueError):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from . import tasks
-from .baselines import Distilled, Model, Specialists, Universal, for_new_tasks
+from .baselines import Distilled, DistilledSpecialists, Model, Specialists, Universal, for_new_tasks
 from .conditioning import CONDITIONINGS
 from .config import DataConfig, RunConfig
 from .projection import Adapted, Projectable
@@ -158,6 +158,10 @@ def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Mode
     return Specialists(config.shape(data.codebook.length, *config.sizes), data.n_tasks, weights)
 
 
+def _distilled_specialists(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
+    return DistilledSpecialists(config.shape(data.codebook.length, *config.sizes), data.n_tasks, start, **options)
+
+
 def _tuned(config: RunConfig, data: TaskData, start: Projectable) -> Model:
     (size,) = config.sizes
     with torch.no_grad():
@@ -203,10 +207,14 @@ MODELS: dict[str, Callable[..., Model]] = {
     "universal": _universal,
     "distilled": _distilled,
     "specialists": _specialists,
+    "distilled_specialists": _distilled_specialists,
     "tuned": _tuned,  # specialists that start from projected models
     "adapted": _adapted,  # a projectable or universal model for tasks that it has not seen
     "projectable": _projectable,
 }
+
+
+TAUGHT = {"distilled": "universal", "distilled_specialists": "specialists"}  # what they are, once trained
 
 
 def operations(config: RunConfig) -> float:
@@ -221,7 +229,7 @@ def operations(config: RunConfig) -> float:
     if config.model == "source" or config.model == "projectable" and options.get("source_mode", "trained") == "trained":
         widths.append(config.d_source)
     per_token = 3.0 * sum(config.shape(length, width).n_operations() for width in widths)
-    if config.model == "distilled":
+    if config.model in TAUGHT:
         per_token += config.shape(length).n_operations()
     tokens = config.steps * min(config.tasks_per_step, data.n_tasks) * config.images_per_task * length
     return per_token * tokens + (operations(config.start) if config.start is not None else 0.0)
@@ -271,9 +279,9 @@ class Run:
 
 def _blank(config: RunConfig, data: TaskData) -> Model:
     """A model of that structure to load weights into: nothing is trained for it."""
-    if config.model == "distilled":  # a universal model; only its training asked the teacher
+    if config.model in TAUGHT:  # only its training asked the teacher
         options = tuple((k, v) for k, v in config.options if k != "share")
-        config = config.with_(model="universal", options=options, start=None)
+        config = config.with_(model=TAUGHT[config.model], options=options, start=None)
     start = _blank(config.start, data_for(config.start.data)) if config.start is not None else None
     return untrained(config, data, start)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import randomise, tiny
 
 from projectable import experiment
-from projectable.baselines import CONDITIONINGS, Distilled, Specialists, Universal
+from projectable.baselines import CONDITIONINGS, Distilled, DistilledSpecialists, Specialists, Universal
 from projectable.training import make_optimizer
 from projectable.transformer import embed, forward, hidden, rms_norm, task_losses
 
@@ -134,10 +134,12 @@ def test_training_the_specialist_leaves_the_universal_model_alone(shape, tokens)
     assert all(torch.equal(before[name], w) for name, w in model.state_dict().items())
 
 
-@pytest.fixture
-def pupil(shape):
+@pytest.fixture(params=["universal", "specialists"])
+def pupil(shape, request):
     torch.manual_seed(1)
     teacher = randomise(Universal(shape, T, "additive", member="source"))
+    if request.param == "specialists":
+        return DistilledSpecialists(shape, T, teacher)
     return Distilled(shape, T, "film", teacher)
 
 

@@ -72,6 +72,7 @@ def test_a_finished_model_is_loaded_without_what_it_started_from(source, other_r
     configs = [
         tiny_projectable(options={"source_mode": mode}, steps=2),
         tiny(model="distilled", start=tiny_source(), options=(("conditioning", "film"), ("share", 0.3)), steps=2),
+        tiny(model="distilled_specialists", start=tiny_source(), options=(("share", 0.3),), steps=2),
         tiny(model="specialists", start=tiny(steps=2), steps=2),
     ]
     finished = [run(config) for config in configs]
@@ -130,6 +131,7 @@ def test_rates_and_sizes_must_match():
 def test_every_model_can_be_built_trained_and_loaded(universal, source):
     for config in (
         tiny(model="distilled", start=tiny_source(), options=(("conditioning", "film"),), steps=2),
+        tiny(model="distilled_specialists", start=tiny_source(), steps=2),
         tiny(model="specialists", start=tiny(), steps=2),
         tiny_projectable(steps=2, options={"family": "LowRank", "z_dim": 2, "layout": "per_matrix", "rank": 2}),
         tiny_source(start=tiny_source(), steps=2),

@@ -370,17 +370,22 @@ def md5(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
+def planes(name):
+    """What a batch of that name holds: 20 images as planes of red, green, blue."""
+    return np.random.default_rng(list(name.encode())).integers(0, 256, (20, 3072), np.uint8)
+
+
 @pytest.fixture
 def cifar(offline, monkeypatch):
     """A stand-in for CIFAR-10: 40 + 20 images in pickled batches, whose checksums torchvision is made to know."""
     from torchvision.datasets import CIFAR10
 
-    rng, folder = np.random.default_rng(0), offline / CIFAR10.base_folder
+    folder = offline / CIFAR10.base_folder
     folder.mkdir(parents=True)
     lists = {"train_list": ["data_batch_1", "data_batch_2"], "test_list": ["test_batch"]}
     for which, names in lists.items():
         for name in names:
-            batch = {"data": rng.integers(0, 256, (20, 3072), np.uint8), "labels": [i % 10 for i in range(20)]}
+            batch = {"data": planes(name), "labels": [i % 10 for i in range(20)]}
             (folder / name).write_bytes(pickle.dumps(batch))
         monkeypatch.setattr(CIFAR10, which, [[name, md5(folder / name)] for name in names])
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"thing {i}" for i in range(10)]}))
@@ -393,8 +398,7 @@ def test_a_data_set_in_colour_by_name(cifar):
     found = load_images("CIFAR10")
     (x, y), (x_test, y_test) = found.train, found.test
     assert x.shape == (40, 32, 32, 3) and x_test.shape == (20, 32, 32, 3) and x.dtype == np.float32
-    raw = pickle.loads((cifar / "data_batch_2").read_bytes())
-    assert x[20, 1, 2, 1] == np.float32(raw["data"][0, 1024 + 32 + 2] / 255)  # planes of red, green, blue
+    assert x[20, 1, 2, 1] == np.float32(planes("data_batch_2")[0, 1024 + 32 + 2] / 255)
     assert y.dtype == np.int64 and y_test.tolist() == [i % 10 for i in range(20)]
     data = experiment.data_for(DataConfig("CIFAR10", "classes", vocab_size=16))
     assert data.task_names[3] == "thing 3" and data.codebook.codes.shape == (16, 48)
