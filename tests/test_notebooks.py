@@ -96,7 +96,8 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
     by_size = (
         "direct.compute direct.start direct.tuned stability.spread stability.agreement stability.source "
         "stability.smooth cost.generation conditioning.LearnedID conditioning.SupportSet conditioning.wrong "
-        "conditioning.support generators.family generators.sizes source.depth.l1 text text.task"
+        "conditioning.support generators.family generators.sizes source.depth.l1 source.masked source.mixture text "
+        "text.task"
     ).split()
     expected |= {f"{id}.d{s}" for id in by_size for s in SMOKE.sizes} | {"cost.break_even", f"source.width.d{small}"}
     assert expected <= set(claims)
