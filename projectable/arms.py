@@ -158,12 +158,13 @@ CONDITIONED = {
     if name != "LearnedID"
 }
 # of the same notebook: another rival of the same deployed size, and another family of Transformers
-MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", _SPECIALIST, max_seeds=3)}
+_MIXTURE = {8: 5.6e-2, 16: 2.8e-2, 32: 1.4e-2}
+MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", _MIXTURE, max_seeds=3)}
 EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS | CONDITIONED | MIXTURES
-# arms of a masked study: those of the same names, whose sweeps begin elsewhere where that is said
-_MASKED_LR: dict[str, dict[int, float]] = {}
-_MASKED = ("source", "source_control", "projected", "universal_additive", "universal_film", "universal_adaln")
-MASKED = {name: replace(ARMS[name], lr=_MASKED_LR.get(name, ARMS[name].lr)) for name in _MASKED}
+# arms of a masked study, by the names of their twins: half as many tokens to learn from, so small models want less
+MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected")} | {
+    name: replace(ARMS[name], lr={8: 4e-2, 16: 2.8e-2, 32: 2e-2}) for name in UNIVERSALS[1:]
+}
 
 
 class Study:

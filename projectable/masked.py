@@ -14,7 +14,6 @@ What is notable:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -47,29 +46,16 @@ def attention(qkv: Tensor, d_head: int, batch: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n_tasks, rows, three_d // 3)
 
 
-def hidden(
-    weights: Weights, tokens: Tensor, d_head: int = 8, watch: Callable[[str, Tensor], None] | None = None
-) -> Tensor:
-    """The normalised last state of the stream, (T, B·N, d): row i holds token i of (T, B, N), and has seen all others.
-
-    `watch(name, x)` sees what each weight reads, as in `transformer.hidden`.
-    """
+def hidden(weights: Weights, tokens: Tensor, d_head: int = 8) -> Tensor:
+    """The normalised last state of the stream, (T, B·N, d): row i holds token i of (T, B, N), and has seen them all."""
     n_tasks, batch, length = tokens.shape
     late = weights | {"positions": F.pad(weights["positions"], (0, 0, 1, 0))}
     x = embed(late, F.pad(tokens, (0, 1)))[:, :, 1:]  # `embed` puts token i in row i + 1: (T, B, N, d)
     x = x.reshape(n_tasks, batch * length, -1)
     names = ("qkv", "qkv_bias", "out", "up", "up_bias", "down")
-    for layer, (qkv, qkv_bias, out, up, up_bias, down) in enumerate(
-        zip(*(_layers(weights, n) for n in names), strict=True)
-    ):
-        y = attention(linear(rms_norm(x), qkv, qkv_bias), d_head, batch)
-        x = x + linear(y, out)
-        a = F.gelu(linear(rms_norm(x), up, up_bias))
-        x = x + linear(a, down)
-        if watch is not None:
-            watch(f"attention.{layer}", y)
-            watch(f"mlp.{layer}", a)
-            watch(f"stream.{layer}", x)
+    for qkv, qkv_bias, out, up, up_bias, down in zip(*(_layers(weights, n) for n in names), strict=True):
+        x = x + linear(attention(linear(rms_norm(x), qkv, qkv_bias), d_head, batch), out)
+        x = x + linear(F.gelu(linear(rms_norm(x), up, up_bias)), down)
     return rms_norm(x)
 
 
@@ -112,4 +98,8 @@ class MaskedUniversal(Masked, Universal):
 
 
 class MaskedProjectable(Masked, Projectable):
-    """A masked source and its projections of several sizes."""
+    """A masked source and its projections of several sizes.
+
+    P₀ by PCA is that of the source's activations as `base_maps` sees them, from left to right with no token masked:
+    with those of its own reading nothing is gained (validation images).
+    """
