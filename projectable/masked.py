@@ -82,7 +82,8 @@ class Masked(Model):
     def losses(self, task_ids: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """Nats per masked token of every member on its tasks: {member: (T,)}; tokens (T, B, N)."""
         fixed = None if torch.is_grad_enabled() else torch.Generator().manual_seed(SEED)
-        places = draw_places(self.n_tasks, *tokens.shape[1:], fixed)[task_ids.cpu()].to(tokens.device)
+        _, batch, length = tokens.shape
+        places = draw_places(self.n_tasks, batch, length, fixed)[task_ids.cpu()].to(tokens.device)
         return {m: masked_losses(self.weights(m, task_ids), tokens, places, self.shape.d_head) for m in self.members}
 
 
