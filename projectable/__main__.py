@@ -116,6 +116,7 @@ def facts(run: Run) -> dict[str, str]:
     options = ", ".join(f"{name}={value}" for name, value in config.options)
     examples = config.steps * config.tasks_per_step * config.images_per_task
     losses = ", ".join(f"{member} {loss:.4f}" for member, loss in result["val"].items())
+    unit = "nats per masked token" if config.model.startswith("masked_") else "nats per token"
     rates = ", ".join(f"{member} {rate:g}" for member, rate in config.rates().items() if rate)
     return {
         "model": f"{config.model} ({options})" if options else config.model,
@@ -124,7 +125,7 @@ def facts(run: Run) -> dict[str, str]:
         "data": f"{config.data.dataset}, tasks: {config.data.tasks}, {config.data.vocab_size} codes",
         "steps": f"{config.steps:,} ({examples:,} images), the best at {result['best_step']:,}",
         "learning rates": rates,
-        "val loss": f"{losses} (nats per token, mean over tasks, {config.val_images or 'all'} images each)",
+        "val loss": f"{losses} ({unit}, mean over tasks, {config.val_images or 'all'} images each)",
         "parameters": f"{result['n_parameters']:,} trained",
         "seconds": f"{result['seconds']:.0f} on {result['device']}",
         "seed, commit": f"{config.seed}, {result['commit']}",

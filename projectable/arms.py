@@ -164,15 +164,28 @@ CONDITIONED = {
     for name in conditioning.CONDITIONINGS
     if name != "LearnedID"
 }
-EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS | CONDITIONED
+# of the same notebook: another rival of the same deployed size, and another family of Transformers
+_MIXTURE = {8: 5.6e-2, 16: 2.8e-2, 32: 1.4e-2}
+MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", _MIXTURE, max_seeds=3)}
+EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS | CONDITIONED | MIXTURES
+# arms of a masked study, by the names of their twins: half as many tokens to learn from, so small models want less
+MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected")} | {
+    name: replace(ARMS[name], lr={8: 4e-2, 16: 2.8e-2, 32: 2e-2}) for name in UNIVERSALS[1:]
+}
 
 
 class Study:
-    """All arms of one profile and one definition of tasks: sweeps, choices, runs over seeds."""
+    """All arms of one profile and one definition of tasks: sweeps, choices, runs over seeds.
 
-    def __init__(self, profile: Profile, tasks: str = "classes", sizes: tuple[int, ...] | None = None):
+    `masked`: of the masked family (`masked.py`), whose arms are `MASKED`.
+    """
+
+    def __init__(
+        self, profile: Profile, tasks: str = "classes", sizes: tuple[int, ...] | None = None, masked: bool = False
+    ):
         self.profile, self.data = profile, replace(profile.data, tasks=tasks)
         self.sizes = sizes or profile.sizes
+        self.arms, self.family = (MASKED, "masked_") if masked else (EVERY, "")
         self._rates: dict[str, dict[int, float]] = {}
 
     # ----------------------------------------------------------------------------------------------- configs
@@ -184,11 +197,11 @@ class Study:
 
         `source_rates`: of a source alone, and of it beside projections, where they are not to be the chosen ones.
         """
-        arm, p = EVERY[name], self.profile
+        arm, p = self.arms[name], self.profile
         sizes = () if arm.model == "source" else tuple(sorted(rates))
         options, start = dict(arm.options), None
         if name in ("universal_distilled", "universal_matched"):
-            options["conditioning"] = dict(ARMS[self.best_universal(*sizes)].options)["conditioning"]
+            options["conditioning"] = dict(self.arms[self.best_universal(*sizes)].options)["conditioning"]
         both = p.source_steps + p.joint_steps
         steps = {"source": p.source_steps, "joint": p.joint_steps, "both": both, "half": both // 2}
         if isinstance(arm.steps, float):
@@ -208,7 +221,7 @@ class Study:
             # chosen for the control, not for us
             source_lr = source_rates[1] if source_rates else self.rates("source_control")[p.d_source]
         return RunConfig(
-            arm.model,
+            self.family + arm.model,
             self.data,
             p.d_source,
             p.n_layers,
@@ -234,20 +247,20 @@ class Study:
     # ------------------------------------------------------------------------------------------------ sweeps
 
     def _sizes(self, name: str) -> tuple[int, ...]:
-        if EVERY[name].model == "source":
+        if self.arms[name].model == "source":
             return (self.profile.d_source,)
-        only = EVERY[name].only
+        only = self.arms[name].only
         return self.sizes if only is None else (self.sizes[only],)
 
     def _trials(self, name: str, powers: dict[int, list[int]]) -> dict[tuple[int, int], RunConfig]:
         """{(size, power): config}: rate = middle · FACTOR^power. Projections train all sizes in one run."""
-        seed, arm = self.profile.seeds[0], EVERY[name]
+        seed, arm = self.profile.seeds[0], self.arms[name]
 
         def rate(size: int, power: int, arm: Arm = arm) -> float:
             return float(f"{arm.middle(size) * FACTOR**power:.2g}")
 
         if name == "source":  # judged by the projections that start from it
-            (size,), middle, control = powers, ARMS["projected"].middle, ARMS["source_control"].middle
+            (size,), middle, control = powers, self.arms["projected"].middle, self.arms["source_control"].middle
             rates = {s: middle(s) for s in self.sizes}
             return {
                 (size, k): self.config("projected", rates, seed, (rate(size, k), control(size))) for k in powers[size]
@@ -270,7 +283,7 @@ class Study:
             runs = dict(zip([c.key() for c in unique], run_many(unique, f"sweep of {_words(names)}"), strict=True))
             rows, again = [], False
             for name in names:
-                whole = EVERY[name].model == "source"
+                whole = self.arms[name].model == "source"
                 for size in self._sizes(name):
                     judged = [f"d{s}" for s in self.sizes] if name == "source" else ["source" if whole else f"d{size}"]
                     ks = sorted(k for s, k in trials[name] if s == size)
@@ -299,7 +312,7 @@ class Study:
 
     def best_universal(self, size: int) -> str:
         """The conditioning with the lowest validation loss at that size."""
-        table = self.sweep(*UNIVERSALS)
+        table = self.sweep(*(name for name in UNIVERSALS if name in self.arms))
         return table[table.d_s == size].sort_values("val_loss").arm.iloc[0]
 
     # ------------------------------------------------------------------------------------------------- seeds
@@ -314,11 +327,11 @@ class Study:
             if name == "universal":
                 chosen = {s: self.best_universal(s) for s in self.sizes}
                 parts = [(chosen[s], {s: self.rates(chosen[s])[s]}) for s in self.sizes]
-            elif EVERY[name].model == "projectable":
+            elif self.arms[name].model == "projectable":
                 parts = [(name, self.rates(name))]
             else:
                 parts = [(name, {s: lr}) for s, lr in self.rates(name).items()]
-            seeds = self.profile.seeds[: EVERY[name].max_seeds if name in EVERY else None][:max_seeds]
+            seeds = self.profile.seeds[: self.arms[name].max_seeds if name in self.arms else None][:max_seeds]
             configs += [(name, self.config(arm, rates, seed)) for seed in seeds for arm, rates in parts]
         runs = run_many([c for _, c in configs], f"seeds of {_words(names)}", test)
         result: dict[str, list[Run]] = {name: [] for name in names}

@@ -167,6 +167,33 @@ class Specialists(Model):
         return {name: w[task_ids] for name, w in self.per_task.items()}
 
 
+def group_tasks(tokens: Tensor, vocab_size: int, n_groups: int) -> Tensor:
+    """Tasks that look alike: the group of each, (T,) int64, from training tokens (T, n, N).
+
+    k-means over how often each token stands at each place, square roots taken: distances are Hellinger's.
+    """
+    from sklearn.cluster import KMeans
+
+    often = torch.stack([F.one_hot(x, vocab_size).float().mean(0).sqrt() for x in tokens])  # (T, N, V)
+    groups = KMeans(min(n_groups, len(tokens)), n_init=10, random_state=0).fit_predict(often.flatten(1).numpy())
+    return torch.from_numpy(groups).long()
+
+
+class HardMixture(Specialists):
+    """A few plain Transformers, the experts; each task has one of them, `expert_of` (T,), and shares it with its group.
+
+    What is deployed for a task is its expert: a plain model, as small as every rival's. A step trains each expert on
+    the images of its own tasks only, so that examples and operations are those of one model of that size.
+    """
+
+    def __init__(self, shape: Shape, expert_of: Tensor):
+        super().__init__(shape, int(expert_of.max()) + 1)
+        self.register_buffer("expert_of", expert_of)
+
+    def weights(self, member: str, task_ids: Tensor) -> Weights:
+        return super().weights(member, self.expert_of[task_ids])
+
+
 class _Taught(Model):
     """Also learns to answer as the source does: half cross-entropy, half KL to the teacher."""
 

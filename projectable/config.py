@@ -35,7 +35,7 @@ class DataConfig:
 class RunConfig:
     """One training run. `lr` goes with `sizes`; `start` is the run whose weights this one begins with."""
 
-    model: str  # universal, distilled, specialists, source, projectable
+    model: str  # a name in experiment.MODELS: source, projectable, universal, …
     data: DataConfig
     d_source: int
     n_layers: int
@@ -191,8 +191,15 @@ def get_profile(name: str) -> Profile:
 # ---------------------------------------------------------------------------------------------- a config as JSON
 
 AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
-ONE_SIZE = ("universal", "distilled", "specialists", "distilled_specialists")
-NEED_START = ("distilled", "distilled_specialists", "projectable")
+ONE_SIZE = (
+    "universal",
+    "distilled",
+    "specialists",
+    "distilled_specialists",
+    "hard_mixture",
+    "masked_universal",
+)
+NEED_START = ("distilled", "distilled_specialists", "projectable", "masked_projectable")
 
 
 class ConfigError(ValueError):

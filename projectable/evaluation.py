@@ -30,7 +30,7 @@ def loss_table(runs: dict[str, list[Run]], data: TaskData) -> pd.DataFrame:
         for run in arm_runs:
             for member, losses in run.test_losses().items():
                 d_s = run.config.d_source if member == "source" else int(member[1:])
-                name = arm if member != "source" or run.config.model == "source" else f"{arm}: source"
+                name = arm if member != "source" or run.config.model.endswith("source") else f"{arm}: source"
                 rows += [
                     dict(arm=name, d_s=d_s, seed=run.config.seed, task=task, loss=loss, bits_per_pixel=loss * bits)
                     for task, loss in zip(data.task_names, losses.tolist(), strict=True)

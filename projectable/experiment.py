@@ -29,9 +29,19 @@ import torch
 from torch import Tensor
 
 from . import tasks
-from .baselines import Distilled, DistilledSpecialists, Model, Specialists, Universal, for_new_tasks
+from .baselines import (
+    Distilled,
+    DistilledSpecialists,
+    HardMixture,
+    Model,
+    Specialists,
+    Universal,
+    for_new_tasks,
+    group_tasks,
+)
 from .conditioning import CONDITIONINGS
 from .config import DataConfig, RunConfig
+from .masked import MaskedProjectable, MaskedUniversal, with_mask
 from .projection import Adapted, Projectable
 from .storage import (
     DamagedFile,
@@ -185,6 +195,27 @@ def _projectable(config: RunConfig, data: TaskData, start: Universal, **options)
     return Projectable(start, data.n_tasks, config.sizes, tokens, told=told, seed=config.seed, **options)
 
 
+def _hard_mixture(config: RunConfig, data: TaskData, start: None, n_experts: int = 4) -> Model:
+    groups = group_tasks(data.first("train", 200), config.data.vocab_size, n_experts)
+    return HardMixture(config.shape(data.codebook.length, *config.sizes), groups)
+
+
+def _masked_source(config: RunConfig, data: TaskData, start: Model | None, **options) -> Model:
+    source = MaskedUniversal(with_mask(config.shape(data.codebook.length)), data.n_tasks, member="source", **options)
+    if start is not None:
+        source.load_state_dict(start.state_dict())
+    return source
+
+
+def _masked_universal(config: RunConfig, data: TaskData, start: None, **options) -> Model:
+    return MaskedUniversal(with_mask(config.shape(data.codebook.length, *config.sizes)), data.n_tasks, **options)
+
+
+def _masked_projectable(config: RunConfig, data: TaskData, start: MaskedUniversal, **options) -> Model:
+    tokens = data.first("train", 20)
+    return MaskedProjectable(start, data.n_tasks, config.sizes, tokens, seed=config.seed, **options)
+
+
 def _tell_vectors(data: TaskData) -> torch.Tensor:
     """Mean image features of 50 training images of each task, as their codes show them: (n_tasks, F)."""
     from .features import image_features
@@ -211,6 +242,10 @@ MODELS: dict[str, Callable[..., Model]] = {
     "tuned": _tuned,  # specialists that start from projected models
     "adapted": _adapted,  # a projectable or universal model for tasks that it has not seen
     "projectable": _projectable,
+    "hard_mixture": _hard_mixture,
+    "masked_source": _masked_source,
+    "masked_universal": _masked_universal,
+    "masked_projectable": _masked_projectable,
 }
 
 
@@ -220,13 +255,14 @@ TAUGHT = {"distilled": "universal", "distilled_specialists": "specialists"}  # w
 def operations(config: RunConfig) -> float:
     """Multiply-adds of a run's training, its start included (projections' generation left out: see the bench).
 
-    Forward and backward count as three forward passes; a frozen source's inner pass does not exist.
+    Forward and backward count as three forward passes; a frozen source's inner pass does not exist. A masked model
+    counts as its causal twin: its attention costs twice as much, its head half.
     """
     data = data_for(config.data)
     length = data.codebook.length
     widths = list(config.sizes)
-    options = dict(config.options)
-    if config.model == "source" or config.model == "projectable" and options.get("source_mode", "trained") == "trained":
+    options, model = dict(config.options), config.model.removeprefix("masked_")
+    if model == "source" or model == "projectable" and options.get("source_mode", "trained") == "trained":
         widths.append(config.d_source)
     per_token = 3.0 * sum(config.shape(length, width).n_operations() for width in widths)
     if config.model in TAUGHT:

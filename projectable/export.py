@@ -234,6 +234,8 @@ def export(
             raise ModelError(f"{folder} holds more than an exported model: it is left alone")
     if run.config.data.dataset == "text":
         raise ValueError(f"{run.folder.name} models text; allowed: runs on images")
+    if run.config.model.startswith("masked_"):
+        raise ValueError(f"{run.folder.name} fills in masked tokens; allowed: models that sample token by token")
     data, model = data_for(run.config.data), run.model()
     task_id, member = data.task_id(task), _member(run, model.members, width)
     weights = model.weights(member, torch.tensor([task_id]))

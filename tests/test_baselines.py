@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from conftest import randomise, tiny
 
 from projectable import experiment
-from projectable.baselines import CONDITIONINGS, Distilled, DistilledSpecialists, Specialists, Universal
+from projectable.baselines import (
+    CONDITIONINGS,
+    Distilled,
+    DistilledSpecialists,
+    HardMixture,
+    Specialists,
+    Universal,
+    group_tasks,
+)
 from projectable.training import make_optimizer
 from projectable.transformer import embed, forward, hidden, rms_norm, task_losses
 
@@ -132,6 +140,35 @@ def test_training_the_specialist_leaves_the_universal_model_alone(shape, tokens)
         for parameter in specialists.parameters():
             parameter.add_(1)
     assert all(torch.equal(before[name], w) for name, w in model.state_dict().items())
+
+
+def test_tasks_that_look_alike_are_grouped():
+    """Tasks 0 and 2 use the first half of the codes, 1 and 3 the other; 4 has 0's codes at other places."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = (torch.randint(a, a + 4, (2, 50, 16), generator=generator) for a in (0, 4))
+    ordered = torch.arange(16).expand(1, 50, -1) % 4
+    groups = group_tasks(torch.stack([low[0], high[0], low[1], high[1], ordered[0]]), 8, 3).tolist()
+    assert groups[0] == groups[2] and groups[1] == groups[3] and len(set(groups)) == 3
+    assert sorted(group_tasks(low, 8, 4).tolist()) == [0, 1]  # never more groups than tasks
+
+
+def test_a_hard_mixture_gives_each_task_the_plain_model_of_its_group(shape, tokens):
+    mixture, ids = randomise(HardMixture(shape, torch.tensor([1, 0, 1, 2]))), torch.arange(T)
+    weights = mixture.weights("d16", ids)
+    for name, size in shape.weight_shapes().items():
+        assert weights[name].shape == (T, *size)
+        assert torch.equal(weights[name][0], weights[name][2]) and not torch.equal(weights[name][0], weights[name][1])
+    assert sum(p.numel() for p in mixture.parameters()) == 3 * shape.n_parameters()
+    mixture.losses(torch.tensor([2]), tokens[:1])["d16"].sum().backward()
+    for name, w in mixture.per_task.items():
+        assert w.grad.flatten(1).any(1).tolist() == [False, True, False], name
+
+
+def test_a_hard_mixture_as_a_run(digits):
+    run = experiment.run(tiny(model="hard_mixture", options=(("n_experts", 4),)))
+    model, (_, groups) = run.model(), experiment.build(run.config, digits).named_buffers().__next__()
+    assert torch.equal(model.expert_of, groups) and set(groups.tolist()) == {0, 1, 2, 3}
+    assert run.result["val"]["d8"] < torch.tensor(32.0).log()
 
 
 @pytest.fixture(params=["universal", "specialists"])

@@ -91,16 +91,14 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
     small, middle, large = SMOKE.sizes
     expected = {f"headline.d{s}" for s in SMOKE.sizes} | {f"headline.specialists.d{s}" for s in SMOKE.sizes}
     expected |= {f"headline.widens.{small}_{middle}", f"headline.widens.{middle}_{large}", "source.kept"}
-    expected |= {f"headline.distilled.d{s}" for s in SMOKE.sizes} | {
-        f"headline.few_dims.d{small}",
-        f"headline.clusters.d{small}",
-    }
+    expected |= {f"headline.distilled.d{s}" for s in SMOKE.sizes}
+    expected |= {f"headline.few_dims.d{small}", f"headline.clusters.d{small}"}
     expected |= {f"explained.{what}.d{s}" for what in ("source", "task") for s in SMOKE.sizes}
     by_size = (
         "direct.compute direct.distilled direct.start direct.tuned stability.spread stability.agreement "
         "stability.source stability.smooth cost.generation conditioning.LearnedID conditioning.SupportSet "
-        "conditioning.wrong "
-        "conditioning.support generators.family generators.sizes source.depth.l1 text text.task"
+        "conditioning.wrong conditioning.support generators.family generators.sizes source.depth.l1 "
+        "source.masked source.mixture text text.task"
     ).split()
     expected |= {f"{id}.d{s}" for id in by_size for s in SMOKE.sizes} | {"cost.break_even", f"source.width.d{small}"}
     assert expected <= set(claims)
