@@ -41,10 +41,13 @@ executor_option = click.option(
 @click.option("--only", multiple=True, metavar="NAME", help="A notebook's number or name; may be repeated.")
 @executor_option
 def reproduce(profile: str, only: tuple[str, ...], executor: str | None) -> None:
-    """Run the notebooks and write reports/index.html."""
+    """Run the notebooks and write reports/index.html.
+
+    With an executor notebooks are jobs, and so is what they train.
+    """
     if executor:
         os.environ["PROJECTABLE_EXECUTOR"] = executor  # the notebooks' kernels inherit it
-    if reporting.reproduce(profile, only):
+    if reporting.reproduce(profile, only, executor or ""):
         sys.exit(1)
 
 

@@ -23,6 +23,8 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import as_completed
 from pathlib import Path
 
 from projectable import pages
@@ -390,8 +392,8 @@ def select_notebooks(only: list[str] | tuple[str, ...] | None) -> list[Path]:
     return [path for path in paths if path in chosen] if only else paths
 
 
-def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None) -> int:
-    """Run the notebooks in order; returns how many failed, after naming them."""
+def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None, executor: str = "") -> int:
+    """Run the notebooks in order, or as jobs (`executor`: local, slurm); returns how many failed, after naming them."""
     check_profile(profile)
     paths = select_notebooks(only)
     for path in paths:
@@ -401,26 +403,55 @@ def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None) -> 
     took: list[float] = []
     start = time.monotonic()
     with lock(profile):
-        for place, path in enumerate(paths, 1):
-            print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)
-            status = run_notebook(path, profile)
+        for status in _as_jobs(paths, profile, executor) if executor else _one_by_one(paths, profile):
             took.append(status.seconds or 0.0)
-            left = sum(usual[p] or sum(took) / len(took) for p in paths[place:])
-            rest = f", about {pages.duration(left)} left" if place < len(paths) else ""
+            rest = "" if executor else _rest([usual[p] for p in paths[len(took) :]], took)
             print(
                 f"        {status.status} in {pages.duration(status.seconds)}"
                 f" (elapsed {pages.duration(time.monotonic() - start)}{rest})",
                 flush=True,
             )
             if status.status != "ok":
-                failed.append(path.stem)
+                failed.append(status.notebook)
                 print(f"        {status.error}", flush=True)
+        merge_claims(profile)
+        build_index(profile)
     if profile == "laptop":
         write_readme_claims()
     print(f"reports: {reports_dir(profile) / 'index.html'}")
     if failed:
         print(f"failed: {', '.join(failed)}")
     return len(failed)
+
+
+def _rest(usual: list[float | None], took: list[float]) -> str:
+    """The time left, by how long the notebooks that are left took before, or by those that ran just now."""
+    return f", about {pages.duration(sum(s or sum(took) / len(took) for s in usual))} left" if usual else ""
+
+
+def _one_by_one(paths: list[Path], profile: str) -> Iterator[Status]:
+    for place, path in enumerate(paths, 1):
+        print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)
+        yield run_notebook(path, profile)
+
+
+def _as_jobs(paths: list[Path], profile: str, executor: str) -> Iterator[Status]:
+    """The same notebooks as jobs, as many side by side as there are cores, or as the cluster lets run; as they end."""
+    from .experiment import runs_dir, workers
+    from .training import Jobs
+
+    jobs = Jobs(executor, runs_dir() / "jobs", workers())
+    try:
+        futures = {jobs.submit(run_notebook, path, profile): path for path in paths}
+        for place, future in enumerate(as_completed(futures), 1):
+            path = futures[future]
+            print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)
+            if error := future.exception():  # the job itself was lost: a notebook's error is in its status
+                status = dataclasses.replace(read_status(path, profile), status="failed", error=str(error))
+                status.write()
+            yield status if error else future.result()
+    finally:
+        jobs.cancel()
 
 
 def report(profile: str) -> int:

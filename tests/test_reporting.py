@@ -1,6 +1,7 @@
 """Notebooks become pages that open offline; failures, mistakes and claims end where a reader sees them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -107,6 +108,26 @@ def test_reproduce_goes_on_after_a_failure_and_names_it(ran):
     states = [json.loads(p.read_text())["status"] for p in sorted((reports / "results" / "status").glob("*.json"))]
     assert states == ["ok", "failed", "ok"]
     assert not list(reports.rglob(".*")), "drafts of atomic writes were left"
+
+
+@pytest.mark.slow
+def test_notebooks_as_jobs_leave_what_they_leave_in_order(project, monkeypatch):
+    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+    monkeypatch.setenv("PROJECTABLE_RUNS", str(project / "runs"))
+    monkeypatch.delenv("PROJECTABLE_EXECUTOR", raising=False)
+    write_notebook(project, "00_good", FINDINGS)
+    write_notebook(project, "01_bad", 'raise RuntimeError("no luck")', text="# Bad one")
+    with monkeypatch.context() as patch:
+        patch.setitem(os.environ, "PROJECTABLE_EXECUTOR", "")  # set by the command: not to stay
+        result = CliRunner().invoke(__main__.cli, ["reproduce", "--profile", "smoke", "--executor", "local"])
+    assert result.exit_code == 1 and "failed: 01_bad" in result.output
+    assert "RuntimeError: no luck" in result.output
+    reports = project / "reports" / "smoke"
+    states = [json.loads(p.read_text())["status"] for p in sorted((reports / "results" / "status").glob("*.json"))]
+    assert states == ["ok", "failed"] and "no luck" in (reports / "01_bad.html").read_text()
+    assert [c["id"] for c in json.loads((reports / "claims.json").read_text())] == ["c1"]
+    assert "Small is &lt;beautiful&gt;" in (reports / "index.html").read_text()
+    assert list((project / "runs" / "jobs").iterdir()), "they were jobs"
 
 
 def test_smoke_run_leaves_the_reference_reports_alone(ran):
