@@ -172,6 +172,8 @@ def loss_against_size(
     ax.set_xlabel(xlabel or SIZE)
     if source is not None:
         ax.axhline(source, color=FAMILIES["source"], lw=1.2, ls=(0, (6, 3)), label="source (large)")
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, source - 0.04 * (high - low)), high)  # the line is not to lie on the axis
         entries += 1
     _legend(ax, entries)
     return fig
