@@ -23,6 +23,7 @@ from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -446,8 +447,14 @@ def _threads() -> int:
 
 
 def workers() -> int:
-    """How many runs go side by side: one a core, one thread each; a single one on a GPU."""
-    return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)))
+    """How many runs go side by side: as PROJECTABLE_WORKERS says, else one a core, one thread each; one on a GPU.
+
+    Raises ValueError where that is no whole number of 1 or more.
+    """
+    said = os.environ.get("PROJECTABLE_WORKERS", "")
+    if said and not (said.isdecimal() and int(said) > 0):
+        raise ValueError(f"PROJECTABLE_WORKERS={said!r}; allowed: a whole number of 1 or more")
+    return int(said) if said else 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)))
 
 
 def _own_operations(config: RunConfig) -> float:
@@ -480,6 +487,34 @@ def run_many(
     rest = {folder_of(c): 0.0 if is_done(c) else _own_operations(c) for c in order}
     total = sum(rest.values())
     bar = tqdm(total=total / 1e9, unit="GMAC", desc=f"{words}, {len(order)} runs", mininterval=5, bar_format=BAR)
+    in_turn = workers() == 1 and not executor and not torch.cuda.is_available()  # no worker to wait for
+    errors = (_in_turn if in_turn else _side_by_side)(order, rest, test, executor, bar)
+    bar.update(bar.total - bar.n)
+    bar.close()
+    if any(isinstance(error, BrokenProcessPool) for error in errors):
+        _pool.cache_clear()  # a worker was killed: the next call starts new ones
+    if errors:
+        raise errors[0]
+    return [Run(c, folder_of(c)) for c in configs]
+
+
+def _in_turn(order: list[RunConfig], rest: dict[Path, float], test: bool, executor: str, bar) -> list[Exception]:
+    """Train them here, one after the other; returns the errors."""
+    global _progress
+    _progress, errors = SimpleNamespace(put=lambda done: bar.update(min(done / 1e9, bar.total - bar.n))), []
+    try:
+        for config in order:
+            try:
+                _work(config, folder_of(config), test)
+            except Exception as error:
+                errors.append(error)
+    finally:
+        _progress = None
+    return errors
+
+
+def _side_by_side(order: list[RunConfig], rest: dict[Path, float], test: bool, executor: str, bar) -> list[Any]:
+    """Train them by workers, or as jobs; returns the errors."""
     pool, queue = _pool(runs_dir(), executor)
     threads = _threads() if executor else 0
     waiting = {pool.submit(_work, c, folder_of(c), test, threads): folder_of(c) for c in order}
@@ -502,13 +537,7 @@ def run_many(
             for process in list(pool._processes.values()):
                 process.terminate()
         raise
-    bar.update(bar.total - bar.n)
-    bar.close()
-    if any(isinstance(error, BrokenProcessPool) for error in errors):
-        _pool.cache_clear()  # a worker was killed: the next call starts new ones
-    if errors:
-        raise errors[0]
-    return [Run(c, folder_of(c)) for c in configs]
+    return errors
 
 
 BAR = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}, {rate_fmt}"

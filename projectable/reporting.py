@@ -24,8 +24,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from projectable import pages
 from projectable.pages import ReportError, check_parameters, notebook_title, read_notebook
@@ -393,7 +395,10 @@ def select_notebooks(only: list[str] | tuple[str, ...] | None) -> list[Path]:
 
 
 def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None, executor: str = "") -> int:
-    """Run the notebooks in order, or as jobs (`executor`: local, slurm); returns how many failed, after naming them."""
+    """Run the notebooks in order, or as jobs (`executor`: local, slurm); returns how many failed, after naming them.
+
+    Those of the `smoke` profile, which train next to nothing, go side by side.
+    """
     check_profile(profile)
     paths = select_notebooks(only)
     for path in paths:
@@ -403,9 +408,10 @@ def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None, exe
     took: list[float] = []
     start = time.monotonic()
     with lock(profile):
-        for status in _as_jobs(paths, profile, executor) if executor else _one_by_one(paths, profile):
+        beside = bool(executor) or profile == "smoke" and len(paths) > 1
+        for status in _side_by_side(paths, profile, executor) if beside else _one_by_one(paths, profile):
             took.append(status.seconds or 0.0)
-            rest = "" if executor else _rest([usual[p] for p in paths[len(took) :]], took)
+            rest = "" if beside else _rest([usual[p] for p in paths[len(took) :]], took)
             print(
                 f"        {status.status} in {pages.duration(status.seconds)}"
                 f" (elapsed {pages.duration(time.monotonic() - start)}{rest})",
@@ -420,7 +426,7 @@ def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None, exe
         write_readme_claims()
     print(f"reports: {reports_dir(profile) / 'index.html'}")
     if failed:
-        print(f"failed: {', '.join(failed)}")
+        print(f"failed: {', '.join(sorted(failed))}")
     return len(failed)
 
 
@@ -435,23 +441,40 @@ def _one_by_one(paths: list[Path], profile: str) -> Iterator[Status]:
         yield run_notebook(path, profile)
 
 
-def _as_jobs(paths: list[Path], profile: str, executor: str) -> Iterator[Status]:
-    """The same notebooks as jobs, as many side by side as there are cores, or as the cluster lets run; as they end."""
+def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[Status]:
+    """As many at once as there are cores, or as the cluster lets run; as they end."""
     from .experiment import runs_dir, workers
     from .training import Jobs
 
-    jobs = Jobs(executor, runs_dir() / "jobs", workers())
+    pool: Any
+    if executor:
+        pool = Jobs(executor, runs_dir() / "jobs", workers())
+    else:
+        pool = ProcessPoolExecutor(workers(), get_context("spawn"), _train_alone)
     try:
-        futures = {jobs.submit(run_notebook, path, profile): path for path in paths}
+        futures = {pool.submit(_quietly, path, profile): path for path in paths}
         for place, future in enumerate(as_completed(futures), 1):
             path = futures[future]
             print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)
-            if error := future.exception():  # the job itself was lost: a notebook's error is in its status
+            if error := future.exception():  # the process was lost: a notebook's own error is in its status
                 status = dataclasses.replace(read_status(path, profile), status="failed", error=str(error))
                 status.write()
             yield status if error else future.result()
     finally:
-        jobs.cancel()
+        if executor:
+            pool.cancel()
+        else:
+            pool.shutdown(cancel_futures=True)
+
+
+def _train_alone() -> None:
+    os.environ["PROJECTABLE_WORKERS"] = "1"  # each notebook beside others has one core
+
+
+def _quietly(path: Path, profile: str) -> Status:
+    """`run_notebook` without its progress, which would mix with that of others."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        return run_notebook(path, profile)
 
 
 def report(profile: str) -> int:

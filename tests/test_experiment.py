@@ -445,3 +445,21 @@ def test_after_a_killed_worker_the_next_call_goes_on(other_runs, monkeypatch):
         assert is_done(finished.config)
     finally:
         experiment._pool.cache_clear()
+
+
+def test_a_single_worker_trains_here_and_says_how_far_it_is(other_runs, universal, monkeypatch, capsys):
+    monkeypatch.setenv("PROJECTABLE_WORKERS", "1")
+    monkeypatch.setattr(experiment, "_pool", lambda *_: pytest.fail("started a worker"))
+    bad = tiny(options=(("conditioning", "telepathy"),))
+    with pytest.raises(ValueError, match="unknown conditioning 'telepathy'"):
+        run_many([bad, tiny()], "two runs", test=True)
+    mine = Run(tiny(), folder_of(tiny()))
+    assert mine.history == universal.history and (mine.folder / "test.json").exists()
+    assert "two runs, 2 runs: 100%" in capsys.readouterr().err and experiment._progress is None
+
+
+def test_a_number_of_workers_that_is_none(monkeypatch):
+    for wrong in ("0", "two", "-1"):
+        monkeypatch.setenv("PROJECTABLE_WORKERS", wrong)
+        with pytest.raises(ValueError, match=f"PROJECTABLE_WORKERS='{wrong}'; allowed: a whole number of 1 or more"):
+            experiment.workers()
