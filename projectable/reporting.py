@@ -450,9 +450,9 @@ def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[St
     if executor:
         pool = Jobs(executor, runs_dir() / "jobs", workers())
     else:
-        pool = ProcessPoolExecutor(workers(), get_context("spawn"), _train_alone)
+        pool = ProcessPoolExecutor(workers(), get_context("spawn"), _beside_others)
     try:
-        futures = {pool.submit(_quietly, path, profile): path for path in paths}
+        futures = {pool.submit(run_notebook, path, profile): path for path in paths}
         for place, future in enumerate(as_completed(futures), 1):
             path = futures[future]
             print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)
@@ -467,14 +467,12 @@ def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[St
             pool.shutdown(cancel_futures=True)
 
 
-def _train_alone() -> None:
-    os.environ["PROJECTABLE_WORKERS"] = "1"  # each notebook beside others has one core
-
-
-def _quietly(path: Path, profile: str) -> Status:
-    """`run_notebook` without its progress, which would mix with that of others."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        return run_notebook(path, profile)
+def _beside_others() -> None:
+    """In a process that shares the machine and the terminal: one core for each notebook, and no word of its progress."""
+    os.environ["PROJECTABLE_WORKERS"] = "1"
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # of the kernels, too
+        os.dup2(nowhere, stream)
 
 
 def report(profile: str) -> int:
