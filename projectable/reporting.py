@@ -468,7 +468,7 @@ def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[St
 
 
 def _beside_others() -> None:
-    """In a process that shares the machine and the terminal: one core for each notebook, and no word of its progress."""
+    """In a process that shares machine and terminal: one core for each notebook, and no word of its progress."""
     os.environ["PROJECTABLE_WORKERS"] = "1"
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # of the kernels, too
