@@ -33,7 +33,9 @@ class Arm:
     steps: str | float = "both"
     start: str = ""  # the arm whose run it starts from
     options: dict = field(default_factory=dict)
-    max_seeds: int | None = None  # fewer seeds for arms that no claim rests on
+    max_seeds: int | None = (
+        None  # fewer seeds for arms that train long, or that no claim of the first notebooks rests on
+    )
     only: int | None = None  # of the profile's sizes the one in that place, where the arm is about that one
     one_start: bool = False  # all seeds start from the first seed's run
 

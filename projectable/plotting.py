@@ -298,7 +298,7 @@ def changes(df: pd.DataFrame, xlabel: str) -> Figure:
 @style()
 def sweep_curves(df: pd.DataFrame) -> Figure:
     """Validation loss against learning rate. `df`: arm, d_s, lr, val_loss. An arm's best is ringed; one
-    at an edge of its sweep, which would ask for a wider one, is crossed."""
+    at an edge of its sweep, which would ask for a wider one, is crossed. Trials far from every best are cut off."""
     sizes = sorted(df["d_s"].unique())
     fig, axes = _panels(len(sizes), sharey=False)
     for ax, size in zip(axes, sizes, strict=True):
@@ -311,6 +311,9 @@ def sweep_curves(df: pd.DataFrame) -> Figure:
             edge = best in (mean.index[0], mean.index[-1])
             ax.plot(best, mean[best], "X" if edge else "o", ms=11, mfc="none", mec=look["color"], mew=1.6)
         _rate_axis(ax)
+        bests = df[df["d_s"] == size].groupby("arm")["val_loss"].min()
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, min(high, bests.max() + 0.15))
         ax.set_title(f"width {size}")
     axes[0].set_ylabel("validation loss (nats per token)")
     _legend_below(fig, axes)

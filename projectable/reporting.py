@@ -143,12 +143,13 @@ class Report:
         self.claims = [old for old in self.claims if old["id"] != id] + [_plain(record)]
         self.close()
 
-    def claims_table(self):
-        """The notebook's claims, styled: the cell's last line shows them."""
+    def claims_table(self, *starts: str):
+        """The notebook's claims, or those whose ids start so, styled: the cell's last line shows them."""
         import pandas as pd
 
         names = ("verdict", "claim", "statistic", "value [95 % interval]", "seeds", "tasks")
-        rows = [{name: claim.get(name, pages.interval(claim)) for name in names} for claim in self.claims]
+        shown = [claim for claim in self.claims if claim["id"].startswith(starts or "")]
+        rows = [{name: claim.get(name, pages.interval(claim)) for name in names} for claim in shown]
         return _styled(pd.DataFrame(rows, columns=names), None)
 
     def record(self, key: str, value) -> None:

@@ -308,6 +308,8 @@ def test_numbers_for_people():
     claim = {"value": 3.21, "ci_low": 3.0, "ci_high": 3.4}
     assert pages.interval(claim) == "3.210 [3.000, 3.400]"
     assert pages.interval(claim | {"ci_low": None}) == "3.2100"
+    near_zero = {"value": -0.00004, "ci_low": -0.00066, "ci_high": 0.00058}
+    assert pages.interval(near_zero) == "-0.00004 [-0.00066, 0.00058]"
 
 
 def test_progress_bars_keep_their_last_state():
@@ -413,5 +415,5 @@ def test_readme_shows_every_claim_with_failures_as_visible(tmp_path, monkeypatch
     text = readme.read_text()
     found = "width 8: reproduced, -0.200 [-0.300, -0.100]<br>width 16: **not reproduced**, -0.200 [-0.300, -0.100]"
     assert text.count(f"| a model wins<br><sub>gap</sub> | {found} |") == 2
-    assert text.index("The paper's claims") < text.index("Our own checks")
+    assert text.index("The paper's claims") < text.index("Harder tests")
     assert "old" not in text and text.startswith("# a\n") and text.endswith("<!-- /claims -->\n\nend\n")
