@@ -224,6 +224,7 @@ def execute(path: Path, executed: Path, parameters: dict) -> None:
             stdout_file=echo,
             stderr_file=echo,
             start_timeout=180,
+            extra_arguments=["--log-level=CRITICAL"],  # an interrupt is how a kernel is ended, no error
             config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/k"}),
         )
 
