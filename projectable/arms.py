@@ -33,9 +33,7 @@ class Arm:
     steps: str | float = "both"
     start: str = ""  # the arm whose run it starts from
     options: dict = field(default_factory=dict)
-    max_seeds: int | None = (
-        None  # fewer seeds for arms that train long, or that no claim of the first notebooks rests on
-    )
+    max_seeds: int | None = None  # fewer seeds for arms that train long or came later; claims say how many
     only: int | None = None  # of the profile's sizes the one in that place, where the arm is about that one
     one_start: bool = False  # all seeds start from the first seed's run
 
@@ -258,7 +256,7 @@ class Study:
         """{(size, power): config}: rate = middle · FACTOR^power. Projections train all sizes in one run."""
         seed, arm = self.profile.seeds[0], self.arms[name]
 
-        def rate(size: int, power: int, arm: Arm = arm) -> float:
+        def rate(size: int, power: int) -> float:
             return float(f"{arm.middle(size) * FACTOR**power:.2g}")
 
         if name == "source":  # judged by the projections that start from it

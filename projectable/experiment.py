@@ -488,7 +488,7 @@ def run_many(
     total = sum(rest.values())
     bar = tqdm(total=total / 1e9, unit="GMAC", desc=f"{words}, {len(order)} runs", mininterval=5, bar_format=BAR)
     in_turn = workers() == 1 and not executor and not torch.cuda.is_available()  # no worker to wait for
-    errors = (_in_turn if in_turn else _side_by_side)(order, rest, test, executor, bar)
+    errors = _in_turn(order, test, bar) if in_turn else _side_by_side(order, rest, test, executor, bar)
     bar.update(bar.total - bar.n)
     bar.close()
     if any(isinstance(error, BrokenProcessPool) for error in errors):
@@ -498,7 +498,7 @@ def run_many(
     return [Run(c, folder_of(c)) for c in configs]
 
 
-def _in_turn(order: list[RunConfig], rest: dict[Path, float], test: bool, executor: str, bar) -> list[Exception]:
+def _in_turn(order: list[RunConfig], test: bool, bar) -> list[Exception]:
     """Train them here, one after the other; returns the errors."""
     global _progress
     _progress, errors = SimpleNamespace(put=lambda done: bar.update(min(done / 1e9, bar.total - bar.n))), []
