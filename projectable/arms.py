@@ -155,6 +155,7 @@ DEPTHS = {f"depth_{n}": _projected(f"projected to {n} layers", z_dim=8, n_layers
 # of the notebook on conditionings: what the maps are told of a task
 _TOLD = {
     "NoID": "nothing",
+    "ShuffledID": "an ID drawn anew in every step",
     "Features": "mean image features",
     "Attributes": "the letters of its name",
     "SupportSet": "some of its images",

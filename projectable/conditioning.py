@@ -77,6 +77,19 @@ class NoID(Conditioning):
 
 
 @conditioning
+class ShuffledID(LearnedID):
+    """The control: in training mode with gradients each task gets the vector of one drawn at random, maybe its own.
+
+    As many parameters as `LearnedID`, and maps that vary as much, but no vector says anything of a task.
+    """
+
+    def forward(self, task_ids: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            task_ids = torch.randint(self.n_tasks, task_ids.shape).to(task_ids.device)
+        return super().forward(task_ids)
+
+
+@conditioning
 class Features(Conditioning):
     """Fixed vectors (n_tasks, F), e.g. mean image features of a task's training images, and a learned linear map.
 
@@ -193,28 +206,3 @@ class SupportSet(Conditioning):
         n = self.n_train[torch.randint(len(self.n_train), ()).item()]
         drawn = torch.rand(len(task_ids), self.support.shape[1]).argsort(1)[:, :n].to(task_ids.device)  # (T, n)
         return self.encode(self.support[task_ids.unsqueeze(1), drawn])
-
-
-class Shuffled(Conditioning):
-    """A wrapper that tells the truth about other tasks: task t gets the vector of task permutation[t]."""
-
-    def __init__(self, inner: Conditioning, permutation: Tensor):
-        super().__init__(inner.n_tasks, inner.z_dim)
-        if sorted(permutation.tolist()) != list(range(inner.n_tasks)):
-            raise ValueError(f"{permutation.tolist()} is no permutation of the tasks 0 to {inner.n_tasks - 1}")
-        self.inner = inner
-        self.register_buffer("permutation", permutation)
-
-    def rate_factor(self, name: str) -> float:
-        return self.inner.rate_factor(name.removeprefix("inner."))
-
-    def forward(self, task_ids: Tensor) -> Tensor:
-        return self.inner(self.permutation[task_ids])
-
-
-def derangement(n_tasks: int, seed: int) -> Tensor:
-    """A random permutation (n_tasks,) that leaves no task where it is: wrong IDs for all. Two tasks or more."""
-    if n_tasks < 2:
-        raise ValueError(f"{n_tasks} task(s) cannot all be told the ID of another; allowed: 2 or more")
-    cycle = torch.randperm(n_tasks, generator=torch.Generator().manual_seed(seed))
-    return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))

@@ -8,10 +8,7 @@ from projectable.conditioning import (
     CONDITIONINGS,
     Attributes,
     Features,
-    LearnedID,
-    Shuffled,
     SupportSet,
-    derangement,
     make_conditioning,
 )
 
@@ -69,14 +66,6 @@ class TestEveryConditioning:
         assert set(conditioning.rates) <= dict(conditioning.named_parameters()).keys()
         assert all(conditioning.rate_factor(key) > 0 for key, _ in conditioning.named_parameters())
 
-    def test_wrong_ids(self, name, told):
-        conditioning = randomise(made(name, told)).eval()
-        wrong = Shuffled(conditioning, torch.tensor([1, 2, 3, 4, 0])).eval()
-        z = conditioning(torch.arange(T))
-        torch.testing.assert_close(wrong(torch.arange(T)), z.roll(-1, 0))
-        for key, _ in wrong.named_parameters():
-            assert wrong.rate_factor(key) == conditioning.rate_factor(key.removeprefix("inner."))
-
     def test_what_it_needs_is_asked_for(self, name, told):
         for need in CONDITIONINGS[name].needs:
             with pytest.raises(ValueError, match=f"the conditioning {name} has to be given .*{need}.* of the tasks"):
@@ -86,6 +75,18 @@ class TestEveryConditioning:
 def test_no_id_tells_nothing(told):
     z = made("NoID", told)(torch.arange(T))
     assert torch.equal(z, z[:1].expand(T, -1))
+
+
+def test_shuffled_ids_are_drawn_anew_in_training_and_the_tasks_own_else(told):
+    shuffled, ids = made("ShuffledID", told), torch.arange(T).repeat(40)
+    one, two = shuffled(ids), shuffled(ids)
+    assert not torch.equal(one, two)
+    told_of = torch.cdist(one, shuffled.table).argmin(1)  # whose vector it was
+    assert torch.equal(shuffled.table[told_of], one) and set(told_of.tolist()) == set(range(T))
+    assert 0.05 < (told_of == ids).float().mean() < 0.4  # one in five by chance
+    with torch.no_grad():
+        assert torch.equal(shuffled(ids), shuffled.table[ids])
+    assert torch.equal(shuffled.eval()(ids), shuffled.table[ids])
 
 
 class TestFeatures:
@@ -206,22 +207,6 @@ class TestSupportSet:
             SupportSet(T, K, **dict(support=told["support"], vocab_size=V) | options)
 
 
-def test_derangement_leaves_no_task_where_it_is():
-    for n in (2, 3, 10, 64):
-        for seed in range(5):
-            wrong = derangement(n, seed)
-            assert sorted(wrong.tolist()) == list(range(n)) and not (wrong == torch.arange(n)).any()
-            assert torch.equal(wrong, derangement(n, seed))
-    assert not torch.equal(derangement(64, 0), derangement(64, 1))
-    with pytest.raises(ValueError, match=r"1 task\(s\) cannot all be told the ID of another; allowed: 2 or more"):
-        derangement(1, 0)
-
-
-def test_wrong_ids_by_no_permutation():
-    with pytest.raises(ValueError, match=r"\[0, 0\] is no permutation of the tasks 0 to 1"):
-        Shuffled(LearnedID(2, K), torch.tensor([0, 0]))
-
-
 def test_unknown_conditioning():
-    with pytest.raises(ValueError, match="unknown conditioning 'Horoscope'; allowed: LearnedID, NoID, Features"):
+    with pytest.raises(ValueError, match="unknown conditioning 'Horoscope'; allowed: LearnedID, NoID, ShuffledID"):
         make_conditioning("Horoscope", T, K)
