@@ -335,13 +335,12 @@ def claim_families(claims: list[dict]) -> list[tuple[str, str, list[tuple[str, d
 
 
 def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures: Path, speed: list[dict]) -> str:
-    """The index: headline figure, one row a claim, one row a notebook, one a benchmark (`speed`, if any was run)."""
+    """The index: headline figure, a row for claims that differ in a width only, a notebook, a benchmark (`speed`)."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
-    environment.filters.update(
-        interval=interval, duration=duration, when=when, number=number, slug=lambda words: words.replace(" ", "-")
-    )
+    environment.filters.update(interval=interval, duration=duration, when=when, number=number)
+    environment.filters.update(families=claim_families, slug=lambda words: words.replace(" ", "-"))
     verdicts = [claim["verdict"] for claim in claims]
     thumbs = {
         status["notebook"]: data_uri(figures / f"{status['figure']}.png", 288)

@@ -7,13 +7,17 @@ Notable:
 - Points are seeds, lines are means, bars are 95 % intervals: of Student's t over seeds, where none is given.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
+from projectable.arms import EVERY
 from projectable.evaluation import t_interval
 
 LOSS = "test loss (nats per token)"
@@ -93,8 +97,8 @@ def looks(arms) -> dict[str, dict]:
 
 
 def label_of(arm) -> str:
-    """An arm's name as a legend shows it."""
-    return str(arm).replace("_", " ")
+    """An arm's name as a legend shows it: in the words of `arms`, where it is one of them."""
+    return EVERY[arm].words if arm in EVERY else str(arm).replace("_", " ")
 
 
 def _panels(count: int, width: float = 8.0, height: float = 4.5, sharey: bool = True):
@@ -128,7 +132,8 @@ def _legend_below(fig: Figure, axes) -> None:
     if len(axes) == 1:
         _legend(axes[0], len(entries))
     elif entries:
-        fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), 3))
+        columns = 3 if max(map(len, entries)) < 30 else 2
+        fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), columns))
 
 
 def _rate_axis(ax) -> None:
@@ -198,11 +203,11 @@ def gap_against_size(
 
 @style()
 def learning_curves(
-    df: pd.DataFrame, ylabel: str = "loss (nats per token)", xlabel: str = "step", points: bool = False
+    df: pd.DataFrame, ylabel: str = "loss (nats per token)", xlabel: str = "step", ticks: Sequence[float] | None = None
 ) -> Figure:
-    """Loss while training, mean over seeds. `df`: step, loss, any of arm, d_s (panels), split (dashes).
+    """Loss while training, mean over seeds. `df`: step, loss, any of arm, d_s (panels), split (dashes), seed (points).
 
-    With `points` each row is shown as one, and steps are on a log axis.
+    With `ticks` steps are on a log axis, which has these; 0 may be among them.
     """
     sizes = sorted(df["d_s"].unique()) if "d_s" in df else [None]
     fig, axes = _panels(len(sizes))
@@ -220,9 +225,14 @@ def learning_curves(
                 if len(splits) > 1:
                     look |= {"linestyle": DASHES[place % len(DASHES)], "alpha": 1.0 if place == 0 else 0.75}
                 ax.plot(mean.index, mean.to_numpy(), label=", ".join(words) or None, **look)
-                if points:
-                    ax.plot(df[keep]["step"], df[keep]["loss"], "o", ms=3, alpha=0.6, color=look["color"])
-                    ax.set_xscale("log")
+                if "seed" in df:
+                    seeds = df[keep].groupby(["step", "seed"])["loss"].mean().reset_index()
+                    ax.plot(seeds["step"], seeds["loss"], "o", ms=3, alpha=0.5, color=look["color"], mec="none")
+        if ticks is not None:
+            ax.set_xscale("symlog", linthresh=min(tick for tick in ticks if tick > 0))
+            ax.xaxis.set_major_locator(FixedLocator(ticks))
+            ax.xaxis.set_major_formatter(lambda tick, _: f"{tick:,g}")
+            ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel(xlabel)
         if size is not None:
             ax.set_title(f"width {size}")
@@ -343,12 +353,17 @@ def image_grid(images, row_labels=None) -> Figure:
 
 
 @style()
-def matrix(data, row_labels=None, col_labels=None, label: str = "", decimals: int = 2) -> Figure:
-    """A heat map with its numbers written in. `data`: a data frame (its labels are taken) or a 2-d array."""
-    if isinstance(data, pd.DataFrame):
-        row_labels = list(data.index) if row_labels is None else row_labels
-        col_labels = list(data.columns) if col_labels is None else col_labels
-    values = np.asarray(data, dtype=float)
+def matrix(
+    data, row_labels=None, col_labels=None, label: str = "", decimals: int = 2, diagonal: bool = False
+) -> Figure:
+    """A heat map with its numbers written in. `data`: a data frame (its labels are taken) or a 2-d array.
+
+    `diagonal`: frame what lies on it.
+    """
+    data = pd.DataFrame(data)
+    row_labels = list(data.index) if row_labels is None else row_labels
+    col_labels = list(data.columns) if col_labels is None else col_labels
+    values = data.to_numpy(dtype=float)
     rows, columns = values.shape
     fig, (ax,) = _panels(1, 8.0, 1.6 + 0.5 * rows)
     picture = ax.imshow(values, cmap="cividis", aspect="auto")
@@ -362,6 +377,8 @@ def matrix(data, row_labels=None, col_labels=None, label: str = "", decimals: in
             ink = "white" if values[row, column] < middle else "black"
             text = f"{values[row, column]:.{decimals}f}"
             ax.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
+    for place in range(min(rows, columns) if diagonal else 0):
+        ax.add_patch(Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, ec="white", lw=2.5))
     fig.colorbar(picture, ax=ax, label=label)
     return fig
 

@@ -163,8 +163,18 @@ class Report:
         merge_claims(self.profile)
 
 
+IN_WORDS = {"d_s": "width", "lr": "learning rate", "val_loss": "validation loss", "std": "deviation", "count": "seeds"}
+
+
 def _styled(df, caption):
-    """A table for people: numbers with 3 to 4 decimals, no index."""
+    """A table for people: arms and columns in words, numbers with 3 to 4 decimals, no index."""
+    from .plotting import label_of
+
+    if "arm" in df:
+        df = df.assign(arm=df["arm"].map(label_of))
+    if "what" in df:  # the same, written for that table
+        df = df.drop(columns="arm", errors="ignore")
+    df = df.rename(columns=lambda name: IN_WORDS.get(name, str(name).replace("_", " ")))
     style = df.style.format(pages.number).hide(axis="index")
     numeric = [column for column in df.columns if df[column].dtype.kind in "iuf"]
     style = style.set_table_styles({c: [{"selector": "", "props": "text-align: right"}] for c in numeric})

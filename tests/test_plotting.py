@@ -88,7 +88,9 @@ def test_waterfall_writes_the_changes():
 def test_matrix_writes_its_numbers_and_labels():
     ax = plotting.matrix(pd.DataFrame([[1.0, 2.0]], index=["r"], columns=["a", "b"]), label="loss").axes[0]
     assert [t.get_text() for t in ax.texts] == ["1.00", "2.00"]
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b"] and not ax.patches
+    framed = plotting.matrix(np.eye(3), diagonal=True).axes[0].patches
+    assert [(frame.get_x(), frame.get_y()) for frame in framed] == [(i - 0.5, i - 0.5) for i in range(3)]
 
 
 def test_image_grid_places_images():
@@ -106,3 +108,18 @@ def test_learning_curves_take_the_columns_there_are(columns):
     fig = plotting.learning_curves(df)
     assert isinstance(fig, Figure) and len(fig.axes) == (2 if "d_s" in columns else 1)
     assert len(fig.axes[0].lines) == (2 if "arm" in columns else 1)
+
+
+def test_learning_curves_with_seeds_as_points_and_a_start_at_nothing():
+    df = pd.DataFrame({"step": [0, 0, 10, 10, 1000, 1000], "loss": [3.0, 5, 2, 4, 1, 2], "seed": [0, 1] * 3})
+    ax = plotting.learning_curves(df, ticks=(0, 10, 1000)).axes[0]
+    mean, points = ax.lines
+    assert list(mean.get_ydata()) == [4.0, 3.0, 1.5] and sorted(points.get_ydata()) == [1.0, 2, 2, 3, 4, 5]
+    at = [ax.transData.transform((step, 0))[0] for step in (0, 10, 100, 1000)]
+    assert np.allclose(at[3] - at[2], at[2] - at[1]) and at[0] < at[1]
+    assert [ax.xaxis.get_major_formatter()(tick, None) for tick in (0, 1000)] == ["0", "1,000"]
+
+
+def test_legends_are_in_words_where_arms_have_them():
+    assert plotting.label_of("static_token") == "over-parametrised universal (StaticToken)"
+    assert plotting.label_of("an_arm_of_mine") == "an arm of mine"

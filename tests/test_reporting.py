@@ -193,6 +193,27 @@ def test_index_lists_claims_and_notebooks(ran):
     assert html.count("<img") == 1  # the claim's thumbnail
 
 
+def test_index_shows_claims_that_differ_in_a_width_in_one_row(tmp_path):
+    common = dict(statistic="gap, nats per token", ci_low=0.1, ci_high=0.3, seeds=5, commit="abc", notebook="04_a")
+    claims = [
+        dict(id=f"headline.d{s}", claim=f"Small wins at width {s}", value=0.2, verdict=verdict, **common)
+        for s, verdict in ((8, "reproduced"), (16, "inconclusive"))
+    ]
+    html = pages.index_html("laptop", claims, [], tmp_path, [])
+    rows = html[html.index("<tbody>") : html.index("</tbody>")]
+    assert rows.count("Small wins") == rows.count('href="04_a.html"') == 1
+    assert [rows.count(f"width {s}:") for s in (8, 16)] == [1, 1]
+    assert rows.index("reproduced") < rows.index("width 8:") < rows.index("inconclusive") < rows.index("width 16:")
+
+
+def test_tables_are_in_words(tmp_path):
+    table = pd.DataFrame(dict(arm=["static_token", "mine"], d_s=[8, 16], val_loss=[1.5, 1.25], at_edge=[True, False]))
+    html = reporting._styled(table, None).to_html()
+    for words in ("over-parametrised universal (StaticToken)", "mine", "width", "validation loss", "at edge"):
+        assert f">{words}</t" in html
+    assert "static_token" not in html and "1.5000" in html
+
+
 def test_index_without_results_and_while_running(project):
     write_notebook(project, "00_later", text="# Later")
     write_notebook(project, "01_now", text="# Now")
