@@ -157,7 +157,11 @@ def train(config: str, executor: str | None) -> None:
 
     wanted = read_config(config, experiment.MODELS)
     if executor:
-        experiment.run_many([wanted], executor=executor)
+        try:
+            experiment.run_many([wanted], executor=executor)
+        except KeyboardInterrupt:  # its jobs were ended
+            click.echo("stopped: the same command goes on from the last checkpoint", err=True)
+            sys.exit(128 + signal.SIGINT)
         click.echo(experiment.folder_of(wanted))
         return
     with training.team() as team, training.Stop(team) as stop:

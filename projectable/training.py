@@ -26,11 +26,12 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -414,6 +415,7 @@ class Jobs:
         self.executor.update_parameters(**parameters)
         self.threads = ThreadPoolExecutor(at_once if executor == "local" else 500)
         self.jobs: set[Any] = set()
+        self.cancelled = Event()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
         """The future of what the function returns; its error is that of the job, the last line of its trace."""
@@ -425,6 +427,9 @@ class Jobs:
         job = self.executor.submit(function, *arguments)
         self.jobs.add(job)
         try:
+            while not job.done():
+                if self.cancelled.wait(0.5):  # a job that was ended has no result, for which submitit would wait
+                    raise CancelledError
             return job.result()
         except (FailedJobError, UncompletedJobError) as error:
             parts = re.split(r"\n-{5,}\n", str(error))  # words, the job's trace, where its logs lie
@@ -433,7 +438,12 @@ class Jobs:
             self.jobs.discard(job)
 
     def cancel(self) -> None:
-        """End all jobs; what they had is in their checkpoints."""
+        """End all jobs, and see them end; what they had is in their checkpoints."""
+        jobs = list(self.jobs)
+        self.cancelled.set()
         self.threads.shutdown(wait=False, cancel_futures=True)
-        for job in list(self.jobs):
+        for job in jobs:
             job.cancel()
+        last = time.monotonic() + 5
+        while time.monotonic() < last and not all(job.done() for job in jobs):
+            time.sleep(0.1)

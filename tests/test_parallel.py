@@ -15,7 +15,7 @@ from torch import distributed
 
 from projectable import experiment, training
 from projectable.experiment import Run, data_for, folder_of, is_done, run, run_many
-from projectable.storage import root
+from projectable.storage import load_tensors, root
 from projectable.training import Jobs, Stop, Team, Torchrun, train
 
 ENV = dict(PYTHONPATH=os.pathsep.join([str(root()), str(root() / "tests")]), OMP_NUM_THREADS="1")
@@ -123,6 +123,26 @@ def test_jobs_give_the_runs_that_this_process_gives(other_runs, universal, monke
         assert mine.history == universal.history and (mine.folder / "test.json").exists()
     finally:
         experiment._pool.cache_clear()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_jobs(other_runs, tmp_path):
+    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+    config = tiny(steps=100_000, checkpoint_every=20)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    command = [sys.executable, "-m", "projectable", "train", str(tmp_path / "config.json"), "--executor", "local"]
+    checkpoint = folder_of(config) / "checkpoint.safetensors"
+    with subprocess.Popen(command, env=os.environ | ENV, stderr=subprocess.PIPE, text=True) as child:
+        while not checkpoint.exists() and child.poll() is None:
+            time.sleep(0.1)
+        child.send_signal(signal.SIGINT)
+        said = child.communicate()[1]
+    assert child.returncode == 130, said
+    assert said.splitlines()[-1] == "stopped: the same command goes on from the last checkpoint"
+    step = load_tensors(checkpoint)[1]["step"]
+    time.sleep(1.5)  # twenty steps take less
+    assert load_tensors(checkpoint)[1]["step"] <= step + 40, "the job still trains"
+    assert step >= 20 and not is_done(config)
 
 
 def test_unknown_executors_are_named(other_runs, monkeypatch):
