@@ -488,9 +488,9 @@ def run_many(
     total = sum(rest.values())
     bar = tqdm(total=total / 1e9, unit="GMAC", desc=f"{words}, {len(order)} runs", mininterval=5, bar_format=BAR)
     in_turn = workers() == 1 and not executor and not torch.cuda.is_available()  # no worker to wait for
-    errors = _in_turn(order, test, bar) if in_turn else _side_by_side(order, rest, test, executor, bar)
-    bar.update(bar.total - bar.n)
-    bar.close()
+    with bar:
+        errors = _in_turn(order, test, bar) if in_turn else _side_by_side(order, rest, test, executor, bar)
+        bar.update(bar.total - bar.n)
     if any(isinstance(error, BrokenProcessPool) for error in errors):
         _pool.cache_clear()  # a worker was killed: the next call starts new ones
     if errors:

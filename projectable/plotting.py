@@ -160,7 +160,7 @@ def _lines_over_size(df: pd.DataFrame, group: str, value: str, ylabel: str, summ
             means = list(part[["d_s", "mean", "ci_low", "ci_high"]].itertuples(index=False, name=None))
         size, mean, low, high = np.array(means, dtype=float).T
         if "seed" in rows:
-            ax.plot(rows["d_s"] * shift, rows[value], "o", color=look["color"], alpha=0.3, ms=4, mec="none")
+            ax.plot(rows["d_s"] * shift, rows[value], "o", color=look["color"], alpha=0.5, ms=4, mec="none")
         bars = np.nan_to_num(np.stack([mean - low, high - mean]))
         ax.errorbar(size * shift, mean, yerr=bars, capsize=3, ms=5, label=label_of(name), **look)
     _size_axis(ax, df["d_s"])
