@@ -144,13 +144,23 @@ class Report:
         self.close()
 
     def claims_table(self, *starts: str):
-        """The notebook's claims, or those whose ids start so, styled: the cell's last line shows them."""
+        """The notebook's claims, or those whose ids start so, styled: the cell's last line shows them.
+
+        What claims that differ in a width only have in common stands in the first one's row.
+        """
         import pandas as pd
 
-        names = ("verdict", "claim", "statistic", "value [95 % interval]", "seeds", "tasks")
+        columns = ("claim", "statistic", "for", "verdict", "value [95 % interval]", "seeds", "tasks")
         shown = [claim for claim in self.claims if claim["id"].startswith(starts or "")]
-        rows = [{name: claim.get(name, pages.interval(claim)) for name in names} for claim in shown]
-        return _styled(pd.DataFrame(rows, columns=names), None)
+        rows = [
+            (words, statistic, name, claim["verdict"], pages.interval(claim), claim["seeds"], claim["tasks"])
+            for words, statistic, found in pages.claim_families(shown)
+            for name, claim in found
+        ]
+        table = pd.DataFrame(rows, columns=columns)
+        common = ["claim", "statistic"]
+        table.loc[table.duplicated(common), common] = ""
+        return _styled(table, None)
 
     def record(self, key: str, value) -> None:
         """Record a number that tests assert, in `results/<notebook>.json`."""

@@ -280,6 +280,17 @@ def test_claims_merge_in_order_and_a_rerun_replaces(project):
     assert len(first.claims_table().data) == 2
 
 
+def test_claims_that_differ_in_a_width_say_what_they_share_once(project):
+    report = Report("00_a", "laptop")
+    found = dict(statistic="gap", value=0.2, ci_low=0.1, ci_high=0.3, seeds=5, tasks=3, commit="c")
+    for id, words in (("wins.d8", "Small wins at width 8"), ("wins.d16", "Small wins at width 16"), ("kept", "Kept")):
+        report.claim(id, words, verdict="reproduced", **found)
+    table = report.claims_table().data
+    assert table.claim.tolist() == ["Small wins", "", "Kept"] and table.statistic.tolist() == ["gap", "", "gap"]
+    assert table["for"].tolist() == ["width 8", "width 16", ""] and set(table.verdict) == {"reproduced"}
+    assert len(report.claims_table("wins").data) == 2
+
+
 def test_second_reproduce_is_refused_while_the_first_runs(project):
     write_notebook(project, "00_a")
     Status("00_a", "A", "smoke", "running").write()
