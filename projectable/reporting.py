@@ -433,7 +433,7 @@ def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None, exe
         beside = bool(executor) or profile == "smoke" and len(paths) > 1
         for status in _side_by_side(paths, profile, executor) if beside else _one_by_one(paths, profile):
             took.append(status.seconds or 0.0)
-            rest = "" if beside else _rest([usual[p] for p in paths[len(took) :]], took)
+            rest = "" if beside else _rest([usual[p] for p in paths], took)
             print(
                 f"        {status.status} in {pages.duration(status.seconds)}"
                 f" (elapsed {pages.duration(time.monotonic() - start)}{rest})",
@@ -453,8 +453,13 @@ def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None, exe
 
 
 def _rest(usual: list[float | None], took: list[float]) -> str:
-    """The time left, by how long the notebooks that are left took before, or by those that ran just now."""
-    return f", about {pages.duration(sum(s or sum(took) / len(took) for s in usual))} left" if usual else ""
+    """The time left: what notebooks took before, times how much slower or faster those were that ran just now."""
+    if len(took) == len(usual):
+        return ""
+    known = [(s, t) for s, t in zip(usual, took, strict=False) if s]
+    pace = sum(t for _, t in known) / sum(s for s, _ in known) if known else 1.0
+    left = sum(pace * s if s else sum(took) / len(took) for s in usual[len(took) :])
+    return f", about {pages.duration(left)} left"
 
 
 def _one_by_one(paths: list[Path], profile: str) -> Iterator[Status]:

@@ -291,6 +291,13 @@ def test_claims_that_differ_in_a_width_say_what_they_share_once(project):
     assert len(report.claims_table("wins").data) == 2
 
 
+def test_the_time_left_follows_the_pace_of_what_ran_just_now():
+    assert reporting._rest([600.0, 1200.0, 60.0], [6.0]) == ", about 13 s left"  # a hundredth: the runs were there
+    assert reporting._rest([None, 100.0], [20.0]) == ", about 1 min 40 s left"
+    assert reporting._rest([100.0, None, None], [30.0]) == ", about 1 min 00 s left"
+    assert reporting._rest([100.0], [30.0]) == ""
+
+
 def test_second_reproduce_is_refused_while_the_first_runs(project):
     write_notebook(project, "00_a")
     Status("00_a", "A", "smoke", "running").write()
