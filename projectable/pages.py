@@ -319,17 +319,18 @@ def claim_groups(claims: list[dict]) -> list[tuple[str, list[dict]]]:
 
 def claim_families(claims: list[dict]) -> list[tuple[str, str, list[tuple[str, dict]]]]:
     """Claims that differ in a width only, together: words, statistic, and (“width 8”, claim) of each."""
-    families: dict[str, list[dict]] = {}
-    for claim in claims:
-        families.setdefault(re.sub(r"\.(d\d+|\d+_\d+)$", "", claim["id"]), []).append(claim)
+    families: dict[tuple[str, str], list[dict]] = {}
+    for claim in claims:  # of one question and one statistic
+        key = re.sub(r"\.(d\d+|\d+_\d+)$", "", claim["id"]), re.sub(r" at \d+", "", claim["statistic"])
+        families.setdefault(key, []).append(claim)
     result = []
-    for members in families.values():
-        words, statistic = members[0]["claim"], members[0]["statistic"]
-        names = [""]
-        if len(members) > 1:
+    for (_, statistic), members in families.items():
+        words, names = members[0]["claim"], [""]
+        if len(members) == 1:
+            statistic = members[0]["statistic"]
+        else:
             names = [f"width {re.sub(r'.*[.d]', '', claim['id']).replace('_', ' against ')}" for claim in members]
             words = re.sub(r"(,? (of|at) )?width \d+( than at width \d+)?(?= |$|,)", "", words)
-            statistic = re.sub(r" at \d+", "", statistic)
         result.append((words, statistic, list(zip(names, members, strict=True))))
     return result
 

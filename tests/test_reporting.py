@@ -206,6 +206,14 @@ def test_index_shows_claims_that_differ_in_a_width_in_one_row(tmp_path):
     assert rows.index("reproduced") < rows.index("width 8:") < rows.index("inconclusive") < rows.index("width 16:")
 
 
+def test_claims_with_different_rivals_stay_apart():
+    pairs = zip((8, 16, 32), ("a − b", "a − b", "c − b"), strict=True)
+    claims = [dict(id=f"scarce.d{s}", claim=f"At width {s} b wins", statistic=words) for s, words in pairs]
+    both, other = pages.claim_families(claims)
+    assert both[1] == "a − b" and [name for name, _ in both[2]] == ["width 8", "width 16"]
+    assert other == ("At width 32 b wins", "c − b", [("", claims[2])])
+
+
 def test_tables_are_in_words(tmp_path):
     table = pd.DataFrame(dict(arm=["static_token", "mine"], d_s=[8, 16], val_loss=[1.5, 1.25], at_edge=[True, False]))
     html = reporting._styled(table, None).to_html()
