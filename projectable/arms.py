@@ -372,6 +372,7 @@ FEW_IMAGES = {
 class Scarce:
     """New tasks with n images of each, after a study of others: the arms of `FEW_IMAGES`, swept and run over seeds.
 
+    Sweeps are of `profile.trials` rates a factor 3 apart, and do not go on beyond an edge.
     A seed also draws the images; a fifth of them, at least one a task, choose the step and the learning rate.
     """
 
@@ -413,7 +414,7 @@ class Scarce:
         )
 
     def sweep(self, *names: str) -> pd.DataFrame:
-        """Every trial of these arms: arm, n, d_s, lr, val_loss, best. Trains what is missing."""
+        """Every trial of these arms: arm, n, d_s, lr, val_loss, best, at_edge. Trains what is missing."""
         seed, k = self.study.profile.seeds[0], self.study.profile.trials
         powers = [i - (k - 1) // 2 for i in range(k)]
         keys, configs = [], []
@@ -427,7 +428,10 @@ class Scarce:
         runs = run_many(configs, f"{self.n} images of a new task, sweep of {_words(names)}")
         rows = [key | dict(val_loss=r.result["val"][f"d{key['d_s']}"]) for key, r in zip(keys, runs, strict=True)]
         table = pd.DataFrame(rows)
-        table["best"] = table.val_loss == table.groupby(["arm", "d_s"]).val_loss.transform("min")
+        by = table.groupby(["arm", "d_s"])
+        table["best"] = table.val_loss == by.val_loss.transform("min")
+        ends = (table.lr == by.lr.transform("min")) | (table.lr == by.lr.transform("max"))
+        table["at_edge"] = table.best & ends
         return table
 
     def rate(self, name: str, size: int) -> float:
