@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from test_browser import look
 
-from projectable import reporting
+from projectable import pages, reporting
 from projectable.arms import ARMS
 from projectable.config import get_profile
 
@@ -136,8 +136,14 @@ def test_claims_of_further_notebooks_follow_from_their_tables(reports):
 
 def test_the_index_leads_to_every_claim_and_page(reports):
     html = unescape((reports / "index.html").read_text())
-    for claim in json.loads((reports / "claims.json").read_text()):
-        assert claim["claim"] in html
+    claims = json.loads((reports / "claims.json").read_text())
+    for _, group in pages.claim_groups(claims):
+        for words, statistic, found in pages.claim_families(group):
+            row = html[html.index(f"<td>{words}<br><small>{statistic}</small>") :]
+            row = row[: row.index("</tr>")]
+            assert all(f'href="{claim["notebook"]}.html"' in row for _, claim in found)
+            shown = [f"{name}:</small> {pages.interval(claim)}</div>" for name, claim in found if name]
+            assert all(words in row for words in shown) and row.count('class="badge') == len(found)
     for path in NOTEBOOKS.glob("[0-9]*.ipynb"):
         assert f"{path.stem}.html" in html
 
