@@ -141,7 +141,7 @@ def modulated(w: Weights, scale: Tensor, shift: Tensor, layers: int) -> Weights:
     w = dict(w)
     reads = {"qkv": slice(0, layers), "up": slice(layers, 2 * layers), "head": 2 * layers}
     for name, rows in reads.items():
-        w[f"{name}_bias"] = (shift[:, rows].unsqueeze(-2) @ w[name]).squeeze(-2)
+        w[f"{name}_bias"] = (shift[:, rows].unsqueeze(-1) * w[name]).sum(-2)  # as a product: many small ones, slower
         w[name] = scale[:, rows].unsqueeze(-1) * w[name]
     return w
 

@@ -187,8 +187,11 @@ def _gated(p: Tensor, told: Weights, writes: slice) -> Tensor:
 def _times(rows: Tensor, w: Tensor) -> Tensor:
     """rows (T, L or 1, m, d), for all layers or for each, times w (L, d, k) → (T, L, m, k)."""
     tasks, layers, m, d = rows.shape
+    if layers == 1:  # one product of matrices for all tasks and layers
+        y = rows.reshape(tasks * m, d) @ w.transpose(0, 1).reshape(d, -1)  # (T·m, L·k)
+        return y.view(tasks, m, len(w), -1).transpose(1, 2)
     rows = rows.transpose(0, 1).reshape(layers, tasks * m, d)
-    return torch.matmul(rows, w).view(len(w), tasks, m, -1).transpose(0, 1)
+    return torch.matmul(rows, w).view(layers, tasks, m, -1).transpose(0, 1)
 
 
 def _map_pair(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -146,15 +146,22 @@ def _layers(weights: Weights, name: str) -> tuple[Tensor | None, ...]:
     return weights[name].unbind(-2 if name.endswith("_bias") else -3)
 
 
-def _exp2_safely(scores: Tensor, causal: bool = False) -> Tensor:
-    """2^scores in place, up to a factor a row that a softmax cancels. Row maxima are slow: only where needed."""
-    low, high = scores.aminmax()
-    if low > -100 and high < 100:  # float32 holds 2^±126
-        e = scores.exp2_()
-        return e.tril_() if causal else e
+def _powers_of_2(scores: Callable[[], Tensor], causal: bool = False) -> tuple[Tensor, Tensor]:
+    """2^scores, up to a factor a row that a softmax cancels, and the sums of its rows, (…, 1).
+
+    Row maxima are slow: only where sums leave what float32 holds well are the scores made again, and shifted by them.
+    """
+    e = scores().exp2_()
+    e = e.tril_() if causal else e
+    total = e.sum(-1, keepdim=True)
+    low, high = total.aminmax()
+    if low > 1e-30 and high < 1e30:
+        return e, total
+    e = scores()
     if causal:
-        scores.add_(torch.full_like(scores[0], -math.inf).triu_(1))
-    return scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
+        e.add_(torch.full_like(e[0], -math.inf).triu_(1))
+    e.sub_(e.amax(-1, keepdim=True)).exp2_()
+    return e, e.sum(-1, keepdim=True)
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -170,9 +177,8 @@ class _CausalAttention(torch.autograd.Function):
         flat = qkv.permute(2, 0, 3, 4, 1).contiguous()  # with one head a view would do, but its products would be slow
         flat = flat.view(3, groups * n_heads, d_head, length)  # q, k, v as (G·h, d_h, N)
         q = flat[0] * (1 / (math.sqrt(d_head) * math.log(2)))  # scores in powers of 2
-        e = torch.bmm(q.transpose(1, 2), flat[1])
-        e = _exp2_safely(e, causal=True)
-        total = e.sum(-1).unsqueeze(1)  # (G·h, 1, N)
+        e, total = _powers_of_2(lambda: torch.bmm(q.transpose(1, 2), flat[1]), causal=True)  # (G·h, N, N)
+        total = total.transpose(1, 2)  # (G·h, 1, N)
         y = torch.bmm(flat[2], e.transpose(1, 2)).div_(total)  # (G·h, d_h, N)
         ctx.save_for_backward(q, flat, e, total, y)
         ctx.heads = n_heads
@@ -189,7 +195,8 @@ class _CausalAttention(torch.autograd.Function):
         ds = torch.baddbmm(delta, grad.transpose(1, 2), flat[2]).mul_(e)
         torch.bmm(flat[1], ds.transpose(1, 2), out=dflat[0]).mul_(1 / math.sqrt(d_head))
         torch.bmm(q, ds, out=dflat[1]).mul_(math.log(2))
-        return dflat.view(3, -1, ctx.heads, d_head, length).permute(1, 4, 0, 2, 3).contiguous()
+        parts = [part.view(-1, ctx.heads * d_head, length).mT for part in dflat]  # each (G, N, h·d_h)
+        return torch.stack(parts, 2).unflatten(-1, (ctx.heads, d_head))  # twice as fast as one permutation
 
 
 def attention(qkv: Tensor, d_head: int, batch: int) -> Tensor:
@@ -238,8 +245,8 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # (T, M, d), (T, d, V), (T, M) → (T,)
-        e = _exp2_safely(torch.bmm(h, weight / math.log(2)))  # (T, M, V)
-        total = e.sum(-1, keepdim=True)
+        scaled = weight / math.log(2)
+        e, total = _powers_of_2(lambda: torch.bmm(h, scaled))  # (T, M, V), (T, M, 1)
         targets = targets.unsqueeze(-1)
         hit = e.gather(-1, targets)
         e.scatter_(-1, targets, hit - total)  # probabilities minus the targets, times total
