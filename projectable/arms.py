@@ -290,11 +290,9 @@ class Study:
                     ks = sorted(k for s, k in trials[name] if s == size)
                     found = {k: runs[trials[name][size, k].key()] for k in ks}
                     losses = {k: sum(r.result["val"][m] for m in judged) / len(judged) for k, r in found.items()}
-                    best = min(losses, key=losses.__getitem__)
-                    edge = best in (ks[0], ks[-1])
-                    if edge and len(ks) < self.profile.max_trials:
-                        powers[name][size] = [*ks, best + (1 if best == ks[-1] else -1)]
-                        again = True
+                    best, edge, further = _found(losses, self.profile.max_trials)
+                    powers[name][size] = ks + further
+                    again |= bool(further)
                     for k in ks:
                         config = (name == "source" and trials[name][size, k].start) or trials[name][size, k]
                         lr = config.source_lr if whole else dict(zip(config.sizes, config.lr, strict=True))[size]
@@ -366,13 +364,17 @@ FEW_IMAGES = {
     ),
     "scratch": FewArm("specialists from scratch", "specialists", "", {8: 2e-2, 16: 1e-2, 32: 5e-3}),
     "random_vector": FewArm("random source, task vector tuned", "adapted", "bank_trained", {8: 5e-2}, "vector"),
+    "random_maps": FewArm("random source, maps tuned", "adapted", "bank_trained", {8: 5e-2}, "maps"),
+    "random_model": FewArm(
+        "random source, then small model tuned", "specialists", "bank_trained", {8: 2e-3}, after="random_vector"
+    ),
 }
 
 
 class Scarce:
     """New tasks with n images of each, after a study of others: the arms of `FEW_IMAGES`, swept and run over seeds.
 
-    Sweeps are of `profile.trials` rates a factor 3 apart, and do not go on beyond an edge.
+    Sweeps start with `profile.trials` rates a factor 3 apart and go on beyond an edge, as those of a `Study` do.
     A seed also draws the images; a fifth of them, at least one a task, choose the step and the learning rate.
     """
 
@@ -415,29 +417,35 @@ class Scarce:
 
     def sweep(self, *names: str) -> pd.DataFrame:
         """Every trial of these arms: arm, n, d_s, lr, val_loss, best, at_edge. Trains what is missing."""
-        seed, k = self.study.profile.seeds[0], self.study.profile.trials
-        powers = [i - (k - 1) // 2 for i in range(k)]
-        keys, configs = [], []
-        for name in names:
-            for size in self.study.sizes:
-                middle = FEW_IMAGES[name].lr[max(s for s in FEW_IMAGES[name].lr if s <= size)]
-                for power in powers:
-                    lr = float(f"{middle * 3.0**power:.2g}")
-                    keys.append(dict(arm=name, n=self.n, d_s=size, lr=lr))
-                    configs.append(self.config(name, size, lr, seed))
-        runs = run_many(configs, f"{self.n} images of a new task, sweep of {_words(names)}")
-        rows = [key | dict(val_loss=r.result["val"][f"d{key['d_s']}"]) for key, r in zip(keys, runs, strict=True)]
-        table = pd.DataFrame(rows)
-        by = table.groupby(["arm", "d_s"])
-        table["best"] = table.val_loss == by.val_loss.transform("min")
-        ends = (table.lr == by.lr.transform("min")) | (table.lr == by.lr.transform("max"))
-        table["at_edge"] = table.best & ends
-        return table
+        p = self.study.profile
+        first = [k - (p.trials - 1) // 2 for k in range(p.trials)]
+        powers = {(name, size): first for name in names for size in self.study.sizes}
+        while True:
+            where = [(name, size, k) for (name, size), ks in powers.items() for k in sorted(ks)]
+            rates = {trial: self._rate_at(*trial) for trial in where}
+            configs = [self.config(name, s, rates[name, s, k], p.seeds[0]) for name, s, k in where]
+            words = f"{self.n} images of a new task, sweep of {_words(names)}"
+            runs = dict(zip(where, run_many(configs, words), strict=True))
+            rows, again = [], False
+            for (name, s), ks in powers.items():
+                losses = {k: runs[name, s, k].result["val"][f"d{s}"] for k in sorted(ks)}
+                best, edge, further = _found(losses, p.max_trials)
+                powers[name, s] = ks + further
+                again |= bool(further)
+                for k, loss in losses.items():
+                    row = dict(arm=name, n=self.n, d_s=s, lr=rates[name, s, k], val_loss=loss, best=k == best)
+                    rows.append(row | dict(at_edge=edge and k == best))
+            if not again:
+                return pd.DataFrame(rows)
+
+    def _rate_at(self, name: str, size: int, power: int) -> float:
+        lr = FEW_IMAGES[name].lr
+        return float(f"{lr[max(s for s in lr if s <= size)] * 3.0**power:.2g}")
 
     def rate(self, name: str, size: int) -> float:
         """The best learning rate of an arm and size, from its sweep."""
         if (name, size) not in self._rates:
-            best = self.sweep(name).query("best").drop_duplicates("d_s").set_index("d_s").lr
+            best = self.sweep(name).query("best").set_index("d_s").lr
             self._rates |= {(name, s): lr for s, lr in best.items()}
         return self._rates[name, size]
 
@@ -452,6 +460,14 @@ class Scarce:
         for (name, _, _), run in zip(where, runs, strict=True):
             result[name].append(run)
         return result
+
+
+def _found(losses: dict[int, float], most: int) -> tuple[int, bool, list[int]]:
+    """Of a sweep's losses by power: the best, whether it is at an edge, and what to try further (`most` in all)."""
+    best, first, last = min(losses, key=losses.__getitem__), min(losses), max(losses)
+    edge = best in (first, last)
+    further = [last + 1 if best == last else first - 1] if edge and len(losses) < most else []
+    return best, edge, further
 
 
 def _words(names: tuple[str, ...]) -> str:

@@ -170,11 +170,16 @@ def test_new_tasks_need_a_start(digits):
 
 
 def test_a_few_images_of_new_tasks_choose_their_own_rate(study):
-    study.loss = lambda config, member: bowl(config.lr[0], 0.15)
+    study.loss = lambda config, member: bowl(config.lr[0], 0.54)
     scarce = Scarce(study, "heldout20", 5, 20)
     trials = scarce.sweep("scratch")
-    assert trials.lr.tolist()[:3] == pytest.approx([0.0067, 0.02, 0.06])
-    assert trials.lr[trials.best & (trials.d_s == 8)].tolist() == [0.06] and scarce.rate("scratch", 8) == 0.06
+    eight = trials[trials.d_s == 8]
+    assert eight.lr.tolist() == pytest.approx([0.0067, 0.02, 0.06, 0.18, 0.54, 1.6]), "on, until the best is inside"
+    assert eight.lr[eight.best].tolist() == [0.54] and not eight.at_edge.any() and scarce.rate("scratch", 8) == 0.54
     config = scarce.config("scratch", 8, 0.06, seed=1)
     assert config.data.tasks == "heldout20-few5-s1" and config.seed == 1 and config.start is None
     assert DIGITS.dataset == config.data.dataset
+    study.loss = lambda config, member: -config.lr[0]
+    trials = Scarce(study, "heldout20", 5, 20).sweep("scratch")
+    by_size = trials.groupby("d_s")
+    assert (by_size.size() == PROFILE.max_trials).all() and (by_size.at_edge.sum() == 1).all()
