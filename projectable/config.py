@@ -53,7 +53,7 @@ class RunConfig:
     val_images: int = 100  # of each task, at every evaluation
     patience: int = 0  # evaluations without a better one; 0: never stop early
     checkpoint_every: int = 200  # steps
-    precision: str = "float32"  # or bfloat16: training under autocast, on CUDA only (slower on a CPU)
+    precision: str = "float32"  # or bfloat16: training under autocast, where that is measured to be faster
     options: tuple[tuple[str, object], ...] = ()  # further arguments of the model
     start: RunConfig | None = None
 

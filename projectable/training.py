@@ -24,6 +24,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -39,7 +40,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .baselines import Model
-from .config import RunConfig
+from .config import PRECISIONS, RunConfig
 from .storage import DamagedFile, load_tensors, save_tensors
 from .tasks import TaskData
 
@@ -74,12 +75,34 @@ def keep_freed_memory() -> None:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """What the forward pass runs under. Raises ValueError for bfloat16 where it is known not to pay."""
+    """What the forward pass runs under."""
+    return contextlib.nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16)
+
+
+def check_precision(model: Model, task_ids: Tensor, tokens: Tensor, precision: str, rounds: int = 5) -> None:
+    """Time passes forward and backward in both precisions; raises ValueError where bfloat16 is not the faster one.
+
+    Medians of `rounds`, in turn, after one to warm up; the model and the random state are left as they were.
+    """
     if precision == "float32":
-        return contextlib.nullcontext()
-    if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError(f"precision={precision!r} is slower than float32 on this device ({device}); allowed: float32")
-    return torch.autocast(device.type, torch.bfloat16)
+        return
+    device, seconds = tokens.device, {name: [] for name in PRECISIONS}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for name in PRECISIONS * (1 + rounds):
+            start = time.perf_counter()
+            with autocast(device, name):
+                losses = model.losses(task_ids, tokens)
+            torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    model.zero_grad(set_to_none=True)
+    ms = {name: 1e3 * statistics.median(found[1:]) for name, found in seconds.items()}
+    if ms["bfloat16"] >= ms["float32"]:
+        raise ValueError(
+            f"precision='bfloat16' takes {ms['bfloat16']:.3g} ms a pass on this device ({device}), "
+            f"float32 {ms['float32']:.3g} ms; allowed: float32"
+        )
 
 
 @torch.no_grad()
@@ -219,6 +242,8 @@ def train(
         about |= dict(seconds=time.perf_counter() - began, best=[best.loss, best.step, best.bad])
         save_tensors(checkpoint, _pack(model, optimizer, best), about)
 
+    first = task_ids[0, mine].to(device), data.batch(task_ids[0, mine], index[0, mine]).to(device)
+    team.first(lambda: check_precision(model, *first, config.precision))
     if stop is not None:
         stop()  # from here on a step in progress is ended first
     while step < config.steps:

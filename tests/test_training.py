@@ -1,11 +1,13 @@
 """The loop: it learns, it can be cut off anywhere and ends bitwise the same, it says where it failed."""
 
+import contextlib
 import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -14,7 +16,7 @@ from conftest import tiny, tiny_projectable
 
 from projectable import experiment
 from projectable.storage import DamagedFile, load_tensors, root
-from projectable.training import DivergedError, make_optimizer, schedule, split_losses, train
+from projectable.training import DivergedError, check_precision, make_optimizer, schedule, split_losses, train
 from projectable.transformer import _losses as losses
 
 
@@ -266,10 +268,24 @@ def test_asked_to_stop_it_does_so_within_a_step_and_loses_nothing(digits, tmp_pa
 
 
 def test_bfloat16_is_refused_where_it_does_not_pay(digits):
-    with pytest.raises(ValueError, match=r"precision='bfloat16' is slower than float32 on this device \(cpu\)"):
+    with pytest.raises(
+        ValueError, match=r"'bfloat16' takes \S+ ms a pass on this device \(cpu\), float32 \S+ ms; allowed"
+    ):
         trained(tiny(precision="bfloat16"), digits)
     with pytest.raises(ValueError, match="unknown precision 'float16'; allowed: float32, bfloat16"):
         tiny(precision="float16")
+
+
+def test_bfloat16_is_taken_where_it_is_measured_to_be_faster(digits, monkeypatch):
+    @contextlib.contextmanager
+    def as_if(device, precision):
+        time.sleep(0.02 if precision == "float32" else 0.0)
+        yield
+
+    monkeypatch.setattr("projectable.training.autocast", as_if)
+    model, state = experiment.build(tiny(), digits), torch.get_rng_state()
+    check_precision(model, torch.arange(10), digits.first("train", 2), "bfloat16")
+    assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("arm", ["universal", "projectable"])
@@ -277,10 +293,10 @@ def test_in_bfloat16_the_weights_and_the_loss_stay_in_float32(digits, source, mo
     """As on a GPU: the products of the forward pass are in bfloat16, and it learns the same, nearly."""
     config = {"universal": tiny, "projectable": tiny_projectable}[arm]()
     _, expected = trained(config, digits)
-    monkeypatch.setattr("projectable.training.autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr("projectable.training.check_precision", lambda *_: None)
     seen = []
     monkeypatch.setattr("projectable.transformer._losses", lambda h, *rest: seen.append(h.dtype) or losses(h, *rest))
-    model, outcome = trained(config, digits)
+    model, outcome = trained(config.with_(precision="bfloat16"), digits)
     assert set(seen) == {torch.float32} == {p.dtype for p in model.parameters()}
     found = validation(outcome, "d8")
     assert found != validation(expected, "d8")
