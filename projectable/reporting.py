@@ -150,10 +150,10 @@ class Report:
         """
         import pandas as pd
 
-        columns = ("claim", "statistic", "for", "verdict", "value [95 % interval]", "seeds", "tasks")
+        columns = ("claim", "statistic", "for", "verdict", "value [95 % interval]", "seeds")
         shown = [claim for claim in self.claims if claim["id"].startswith(starts or "")]
         rows = [
-            (words, statistic, name, claim["verdict"], pages.interval(claim), claim["seeds"], claim["tasks"])
+            (words, statistic, name, claim["verdict"], pages.interval(claim), claim["seeds"])
             for words, statistic, found in pages.claim_families(shown)
             for name, claim in found
         ]
