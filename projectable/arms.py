@@ -132,7 +132,7 @@ DIRECT |= {
 STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True)}
 # of the notebook on generators: one factor at a time around `projected`
 _OTHER_FAMILIES = [name for name in generators.FAMILIES if name not in ("Linear", "Static")]
-FAMILIES = {f"family_{name}": _projected(f"{name} maps", max_seeds=3, family=name, z_dim=8) for name in _OTHER_FAMILIES}
+FAMILIES = {f"family_{name}": _projected(f"{name} maps", family=name, z_dim=8) for name in _OTHER_FAMILIES}
 BANKS = {
     f"bank_{name}": _projected(
         f"{name} maps, random source, trained", max_seeds=3, family=name, z_dim=8, source_mode="random_trained"
