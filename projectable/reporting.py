@@ -111,10 +111,14 @@ class Report:
         """Write a figure to `figures/<name>.png`, show it once with its caption, and close it."""
         import matplotlib.pyplot as plt
         from IPython.display import Image, Markdown, display
+        from PIL import Image as Pixels
 
         path = self.reports / "figures" / f"{name}.png"
         with draft_of(path) as draft:
             fig.savefig(draft, format="png", dpi=150, bbox_inches="tight", facecolor="white")
+            with Pixels.open(draft) as pixels:  # 256 colours: looks the same, at a third of the size
+                few = pixels.convert("RGB").quantize(256)
+            few.save(draft, "PNG", optimize=True)
         plt.close(fig)
         display(Image(str(path), alt=caption), metadata={"figure": name})
         display(Markdown(f"<small>{caption}</small>"))
