@@ -254,7 +254,7 @@ TAUGHT = {"distilled": "universal", "distilled_specialists": "specialists"}  # w
 
 
 def operations(config: RunConfig) -> float:
-    """Multiply-adds of a run's training, its start included (projections' generation left out: see the bench).
+    """Multiply-adds of a run's training, its start and the generation of its weights included.
 
     Forward and backward count as three forward passes; a frozen source's inner pass does not exist. A masked model
     counts as its causal twin: its attention costs twice as much, its head half.
@@ -268,8 +268,28 @@ def operations(config: RunConfig) -> float:
     per_token = 3.0 * sum(config.shape(length, width).n_operations() for width in widths)
     if config.model in TAUGHT:
         per_token += config.shape(length).n_operations()
-    tokens = config.steps * min(config.tasks_per_step, data.n_tasks) * config.images_per_task * length
-    return per_token * tokens + (operations(config.start) if config.start is not None else 0.0)
+    n_tasks = min(config.tasks_per_step, data.n_tasks)
+    per_step = per_token * n_tasks * config.images_per_task * length
+    if model == "projectable":
+        options["conditioning"] = "LearnedID"  # what makes the task vectors costs next to nothing in a step
+        start = cast(RunConfig, config.start).with_(model="source", source_lr=0.0, seed=0)
+        own = config.with_(model=model, lr=(0.0,) * len(config.sizes), source_lr=0.0, steps=1, seed=0, start=start)
+        own = own.with_(options=tuple(options.items()))
+        per_step += 3.0 * _generation(own, n_tasks)
+    return per_step * config.steps + (operations(config.start) if config.start is not None else 0.0)
+
+
+@cache
+def _generation(config: RunConfig, n_tasks: int) -> int:
+    """Multiply-adds of the products that generate the small weights of that many tasks, all sizes of a projectable."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad():
+        model = _blank(config, data_for(config.data)).requires_grad_(False)  # whose hooks the counter could not set
+        with FlopCounterMode(display=False) as counter:
+            for member in config.sizes:
+                model.weights(f"d{member}", torch.arange(n_tasks))
+    return counter.get_total_flops() // 2
 
 
 # ---------------------------------------------------------------------------------------------------- one run

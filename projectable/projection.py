@@ -94,25 +94,38 @@ class Projection(nn.Module):
 
     Generators: `stream` for every P, `heads` and `neurons` for every G, `depth` for α where the small model has fewer
     layers, `modulation` for its own gains and shifts. In the `shared` layout one P serves all, one G each q and k, v
-    and out, up and down; in `per_matrix` each matrix has its own.
+    and out, up and down; in `per_matrix` each matrix has its own. All maps are of `family`, which takes the `options`;
+    those of the neurons of another one, where `neurons` names it: they are the largest.
     """
 
-    def __init__(self, shape: Shape, small: Shape, bases, z_dim: int, family: str, layout: str = "shared", **options):
+    def __init__(
+        self,
+        shape: Shape,
+        small: Shape,
+        bases,
+        z_dim: int,
+        family: str,
+        layout: str = "shared",
+        neurons: str | None = None,
+        **options,
+    ):
         super().__init__()
         if layout not in LAYOUTS:
             raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
         self.shape, self.small, self.layout = shape, small, layout
-        stream, heads, neurons = bases
+        p_stream, p_heads, p_neurons = bases
         kept = kept_layers(shape.n_layers, small.n_layers)
         if layout == "shared":
             n_stream, n_heads, n_neurons = 1, 2, 1  # one P; q and k, v and out; up and down
         else:
             n_stream, n_heads, n_neurons = 2 + 6 * shape.n_layers, 4, 2
-        self.stream = make_generator(family, stream.expand(n_stream, -1, -1), z_dim, **options)
-        self.heads = make_generator(family, heads[kept].repeat(n_heads, 1, 1), z_dim, **options)
-        self.neurons = make_generator(family, neurons[kept].repeat(n_neurons, 1, 1), z_dim, **options)
-        task_free = family in ("Slice", "Static")
-        simple = family if task_free else "Linear"  # for vectors and small matrices, whatever the family of the maps
+        self.stream = make_generator(family, p_stream.expand(n_stream, -1, -1), z_dim, **options)
+        self.heads = make_generator(family, p_heads[kept].repeat(n_heads, 1, 1), z_dim, **options)
+        p_neurons = p_neurons[kept].repeat(n_neurons, 1, 1)
+        own = {} if neurons else options
+        self.neurons = make_generator(neurons or family, p_neurons, z_dim, **own)
+        simple = options.get("inner", family)  # of vectors and small matrices: Linear where maps depend on the task
+        simple = simple if simple in ("Slice", "Static") else "Linear"
         n_reads = 2 * small.n_layers + 1
         self.modulation = make_generator(simple, torch.zeros(1, 2 * n_reads, small.d_model), z_dim)
         self.depth = None

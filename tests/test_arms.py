@@ -58,12 +58,12 @@ def test_a_best_that_stays_at_the_edge_is_marked(study):
 
 
 def test_sizes_of_one_run_have_rates_of_their_own(study):
-    best = {"d8": 6.8e-3, "d16": 3.4e-3, "d24": 1.4e-2}
+    best = {"d8": 1e-2, "d16": 5e-3, "d24": 2e-2}
     study._rates |= {"source": {32: 1e-2}, "source_control": {32: 1e-2}}
     study.loss = lambda config, member: bowl(
         config.lr[config.sizes.index(int(member[1:]))] if member in best else 1, best.get(member, 1)
     )
-    assert study.rates("projected") == {8: 6.8e-3, 16: 3.4e-3, 24: 1.4e-2}
+    assert study.rates("projected") == {8: 1e-2, 16: 5e-3, 24: 2e-2}
 
 
 def test_the_sources_beginning_is_judged_by_its_projections(study):

@@ -308,10 +308,14 @@ def test_operations_by_hand(source):
     assert operations(tiny()) == 3 * shape.n_operations() * tokens
     big = tiny().shape(16)
     assert operations(tiny_source()) == 3 * big.n_operations() * tokens
-    both = 3 * (shape.n_operations() + big.n_operations()) * tokens
+    maps = 8 * (128 + 256 + 2048 + 48)  # numbers in z; stream, heads, neurons, gains and shifts of a task
+    reads, writes = 8 * 16 * (48 + 64 + 32 + 32 + 16), 8 * 16 * (16 + 64)  # Pᵀ W, head and embeddings; W P
+    generating = maps + reads + writes + 4 * 8 * 16 * 8 + 2 * 8 * 64 * 32  # … and heads and neurons
+    both = 3 * (shape.n_operations() + big.n_operations()) * tokens + 3 * 40 * 10 * generating
     assert operations(tiny_projectable()) == both + operations(tiny_source())
+    assert operations(tiny_projectable(seed=3, lr=(1.0,), steps=80)) == 2 * both + operations(tiny_source())
     frozen = tiny_projectable(options={"source_mode": "frozen"})
-    assert operations(frozen) == 3 * shape.n_operations() * tokens + operations(tiny_source())
+    assert operations(frozen) == both - 3 * big.n_operations() * tokens + operations(tiny_source())
 
 
 def test_the_seed_of_a_run_decides_its_random_numbers_not_that_of_its_start(source, digits):

@@ -264,10 +264,17 @@ def test_layouts_tie_what_they_say(tokens):
             assert torch.equal(before[name], after[name]) != others_move, (layout, name)
 
 
-@pytest.mark.parametrize("family", ["Slice", "Static"])
+TASK_FREE = {
+    "Slice": dict(family="Slice"),
+    "Static": dict(family="Static"),
+    "Orthonormal": dict(family="Orthonormal", inner="Static", neurons="Static"),
+}
+
+
+@pytest.mark.parametrize("maps", TASK_FREE.values(), ids=TASK_FREE)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_without_task_terms_all_tasks_share_one_model(tokens, family, layout):
-    small = model(tokens, family=family, layout=layout, use_task_embedding=False)
+def test_without_task_terms_all_tasks_share_one_model(tokens, maps, layout):
+    small = model(tokens, layout=layout, use_task_embedding=False, **maps)
     randomise(small.conditioning)
     plain, one = small.weights("d8", torch.arange(T)), small.weights("d8", torch.arange(1))
     for name, size in small_shape(small.shape, SMALL).weight_shapes().items():
@@ -276,15 +283,26 @@ def test_without_task_terms_all_tasks_share_one_model(tokens, family, layout):
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["StaticToken", "Static"])
-@pytest.mark.parametrize("family", ["Slice", "Static"])
-def test_a_static_projection_has_losses_for_several_tasks(tokens, family, told):
+@pytest.mark.parametrize("maps", TASK_FREE.values(), ids=TASK_FREE)
+def test_a_static_projection_has_losses_for_several_tasks(tokens, maps, told):
     same = tokens[:1].expand(T, -1, -1)
-    small = model(tokens, family=family, use_task_embedding=told)
+    small = model(tokens, use_task_embedding=told, **maps)
     for mode in (torch.no_grad, torch.enable_grad):
         with mode():
             losses = small.losses(torch.arange(T), same)["d8"]
         assert losses.shape == (T,)
         assert (len(set(losses.tolist())) == 1) != told  # only the task embedding tells the tasks apart
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_neurons_may_have_maps_of_another_family(tokens, layout):
+    own = model(tokens, family="Orthonormal", steps=2, neurons="LowRank", layout=layout).projections["d8"]
+    kinds = [type(maps).__name__ for maps in (own.stream, own.heads, own.neurons)]
+    assert kinds == ["Orthonormal", "Orthonormal", "LowRank"] and own.stream.steps == own.heads.steps == 2
+    alike, ids = model(tokens, layout=layout), torch.arange(T)  # Linear maps throughout: all start from the same P₀
+    other = model(tokens, family="Orthonormal", neurons="Linear", layout=layout).weights("d8", ids)
+    for name, w in alike.weights("d8", ids).items():
+        torch.testing.assert_close(other[name], w)
 
 
 def test_task_terms_make_different_models(tokens):
