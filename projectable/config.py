@@ -15,6 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 from .storage import read_json
+from .tasks.text import LETTERS
 from .transformer import Shape
 
 PRECISIONS = ("float32", "bfloat16")
@@ -113,6 +114,12 @@ class Profile:
         """The same with kinds of writing as tasks: characters instead of patches."""
         n = 40 if self.name == "smoke" else 400
         return replace(self, data=DataConfig("text", "kinds", vocab_size=96, val_per_class=n))
+
+    @property
+    def captioned(self) -> Profile:
+        """The same images with a caption of 24 characters before each: both in one sequence."""
+        size = self.data.vocab_size + len(LETTERS)
+        return replace(self, data=replace(self.data, dataset=f"captioned_{self.data.dataset}", vocab_size=size))
 
     @property
     def glyphs(self) -> Profile:

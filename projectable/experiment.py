@@ -26,6 +26,7 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,6 +122,8 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
                     name=data.name, task_names=data.task_names, licence=data.licence, families=data.families
                 )
                 about |= dict(patch=book.patch, height=book.height, width=book.width)
+                if isinstance(book, text.Captioned):
+                    about |= dict(middle=book.middle.tolist())
                 save_tensors(path, tensors | {"codes": torch.from_numpy(book.codes)}, about)
     tensors, about = load_tensors(path)
     names = tuple(about["task_names"])
@@ -130,6 +133,8 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
         book = cast(Codebook, text.Alphabet.from_codes(codes, about["width"]))
     else:
         book = Codebook(codes, about["patch"], about["height"], about["width"])
+    if "middle" in about:
+        book = cast(Codebook, text.Captioned(book, np.array(about["middle"])))
     return TaskData(about["name"], names, tokens, book, about["licence"], tuple(about["families"]))
 
 

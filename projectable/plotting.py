@@ -331,22 +331,30 @@ def sweep_curves(df: pd.DataFrame) -> Figure:
 
 
 @style()
-def image_grid(images, row_labels=None) -> Figure:
-    """Images in [0, 1] as a grid. `images`: (rows, columns, height, width), channels behind if any; a label a row."""
+def image_grid(images, row_labels=None, captions=None) -> Figure:
+    """Images in [0, 1] as a grid. `images`: (rows, columns, height, width), channels behind if any; a label a row.
+
+    `captions`: words below each image, (rows, columns).
+    """
     images = np.asarray(images, dtype=float)
     rows, columns, height, width = images.shape[:4]
     gap = max(1, height // 14)
-    sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, *images.shape[4:]))
+    below = gap if captions is None else max(2, height // 4)  # between rows
+    sheet = np.ones((rows * (height + below) - gap, columns * (width + gap) - gap, *images.shape[4:]))
     for row in range(rows):
         for column in range(columns):
-            y, x = row * (height + gap), column * (width + gap)
+            y, x = row * (height + below), column * (width + gap)
             sheet[y : y + height, x : x + width] = images[row, column]
     fig, (ax,) = _panels(1, 8.0, max(1.2, 7.0 * sheet.shape[0] / sheet.shape[1]))
     ax.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    for row, words in enumerate(captions if captions is not None else ()):
+        for column, text in enumerate(words):
+            x, y = column * (width + gap) + width / 2, row * (height + below) + height + below / 8
+            ax.text(x, y, text, ha="center", va="top", fontsize=7)
     ax.grid(False)
     ax.spines[:].set_visible(False)
     ax.set_xticks([])
-    centres = [row * (height + gap) + height / 2 for row in range(rows)]
+    centres = [row * (height + below) + height / 2 for row in range(rows)]
     ax.set_yticks(centres if row_labels is not None else [], row_labels)
     ax.tick_params(length=0)
     return fig

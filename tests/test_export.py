@@ -15,6 +15,7 @@ from conftest import tiny, tiny_projectable
 
 import projectable
 from projectable import OnnxError, experiment
+from projectable.config import DataConfig
 from projectable.experiment import data_for, run
 from projectable.export import KEYS, VERSION, ModelError, evaluate, export, load, write_grid
 from projectable.storage import load_tensors, save_tensors
@@ -420,3 +421,11 @@ def test_without_the_extra_it_says_what_to_install(exported, tmp_path, monkeypat
     with pytest.raises(OnnxError, match=r"pip install 'projectable\[onnx\]'"):
         projectable.sample_onnx(tmp_path / "x.onnx", 1)
     assert experiment.is_done(CONFIGS["Linear, shared"]()) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dataset", ["text", "captioned_digits"])
+def test_models_of_text_are_refused(tmp_path, dataset):
+    run = experiment.Run(tiny_projectable(data=DataConfig(dataset)), tmp_path / "run")
+    with pytest.raises(ValueError, match="run models text; allowed: runs on images"):
+        export(run, "8", "0", tmp_path / "model")
+    assert not (tmp_path / "model").exists()

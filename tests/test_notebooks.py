@@ -98,7 +98,7 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
         "direct.compute direct.distilled direct.start direct.tuned stability.spread stability.agreement "
         "stability.source stability.smooth cost.generation conditioning.LearnedID conditioning.SupportSet "
         "conditioning.wrong conditioning.support generators.family generators.sizes source.depth.l1 "
-        "source.masked source.mixture text text.task"
+        "source.masked source.mixture text text.task multimodal multimodal.caption"
     ).split()
     expected |= {f"{id}.d{s}" for id in by_size for s in SMOKE.sizes} | {"cost.break_even", f"source.width.d{small}"}
     assert expected <= set(claims)

@@ -101,6 +101,17 @@ def test_image_grid_places_images():
     assert (np.asarray(sheet[-4:, -4:]) == 0.5).all() and (np.asarray(sheet[:4, :4]) == 0).all()
 
 
+def test_captions_stand_below_their_images():
+    images = np.zeros((2, 3, 8, 8))
+    images[1, 2] = 0.5
+    (ax,) = plotting.image_grid(images, captions=[["a", "b", "c"], ["d", "e", "f"]]).axes
+    sheet = np.asarray(ax.images[0].get_array())
+    assert sheet.shape == (2 * (8 + 2) - 1, 3 * (8 + 1) - 1) and (sheet[10:18, -8:] == 0.5).all()
+    assert [text.get_text() for text in ax.texts] == list("abcdef")
+    x, y = ax.texts[-1].get_position()
+    assert x == 18 + 4 and 18 <= y < 20
+
+
 @pytest.mark.parametrize("columns", [[], ["arm"], ["arm", "d_s"], ["arm", "d_s", "split"]])
 def test_learning_curves_take_the_columns_there_are(columns):
     df = pd.DataFrame({"step": [0, 1] * 4, "loss": range(8), "seed": 0})

@@ -1,14 +1,18 @@
 """Kinds of writing as tasks: the alphabet, files on one side only, no text twice, errors that name what is missing."""
 
 import math
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 
+from projectable.config import DataConfig
 from projectable.evaluation import bits_per_pixel
+from projectable.experiment import _data_for, data_for
 from projectable.storage import code_behind
-from projectable.tasks import SPLITS, few, make_tasks, text
+from projectable.tasks import SPLITS, Codebook, TaskData, few, make_tasks, text
 from projectable.tasks.images import DataError
 from projectable.tasks.text import LENGTH, UNKNOWN, Alphabet, Source, sequences
 
@@ -184,3 +188,78 @@ def test_where_texts_come_from_is_part_of_their_key():
 def test_unknown_text_tasks():
     with pytest.raises(ValueError, match="unknown tasks 'classes'; allowed: kinds"):
         make_tasks("text", "classes")
+
+
+# ------------------------------------------------------------------------------------------------ captions and images
+
+LETTERS, CAPTION = text.LETTERS, text.CAPTION
+
+
+@pytest.fixture(scope="module")
+def captioned():
+    """Digits with a caption before each: 32 codes and the letters."""
+    return make_tasks("captioned_digits", vocab_size=32 + len(LETTERS), patch=2, val_per_class=20)
+
+
+def test_captions_by_hand():
+    """Images of 1 × 2 pixels, a token each."""
+    book = Codebook(np.array([[0], [0.05], [0.4], [0.8]], np.float32), patch=1, height=1, width=2)
+    images = torch.tensor([[0, 2], [2, 2], [3, 3]])  # half of the pixels at 0.4; all at 0.4; all at 0.8
+    tokens = {split: [images, images[:1]] for split in SPLITS}
+    data = text.caption(TaskData("things", ("thing", "Ünö_2"), tokens, book))
+    both, rows = data.codebook, data.tokens["train"]
+    assert both.middle.tolist() == [pytest.approx([1.0, 0.4]), pytest.approx([0.5, 0.4])]
+    assert both.captions(rows[0]) == ["small dark thing", "small dark thing", "small bright thing"]
+    assert both.captions(rows[1]) == ["small dark -n--2"]  # what is no letter is a dash
+    assert both.length == CAPTION + 2 and rows[0].shape == (3, CAPTION + 2)
+    assert torch.equal(rows[0][:, CAPTION:], images)
+    assert rows[0][0, :5].tolist() == [4 + LETTERS.index(c) for c in "small"]  # letters come behind the four codes
+    assert both.decode(rows[0]).reshape(3, 2).tolist() == [pytest.approx(x) for x in ([0, 0.4], [0.4, 0.4], [0.8, 0.8])]
+
+
+def test_captions_say_what_is_true(captioned):
+    book = captioned.codebook
+    assert book.length == CAPTION + 16 and captioned.n_tasks == 10 and len(book.codes) == 32
+    for split in SPLITS:
+        rows = [x.numpy() for x in captioned.tokens[split]]
+        assert (book.agreement(rows) == 1).all()
+        words = {caption for caption in book.captions(rows[3])}
+        assert words == {f"{size} {shade} 3" for size in ("small", "large") for shade in ("dark", "bright")}
+    halves = [caption.startswith("large") for x in captioned.tokens["train"] for caption in book.captions(x.numpy())]
+    assert 0.4 < np.mean(halves) <= 0.5  # above the median
+
+
+def test_agreement_counts_words_that_are_wrong(captioned):
+    rows = captioned.tokens["test"][3][:1].numpy().copy()
+    size, shade, name = captioned.codebook.captions(rows)[0].split()
+    other = {"small": "large", "large": "small", "dark": "bright", "bright": "dark"}
+    for words, share in (
+        (f"{other[size]} {shade} {name}", 0.5),
+        (f"{other[size]} {other[shade]}", 0),
+        (f"{shade} {size}", 0),
+        (size, 0.5),
+        ("", 0),
+    ):
+        rows[:, :CAPTION] = captioned.codebook.write([words])
+        found = replace(captioned.codebook, middle=captioned.codebook.middle[3:4]).agreement([rows])
+        assert found.tolist() == [share], words
+
+
+def test_letters_among_an_images_tokens_and_codes_among_letters_are_no_errors(captioned):
+    book, rows = captioned.codebook, captioned.tokens["test"][0][:2].numpy().copy()
+    rows[0, CAPTION:], rows[1, :CAPTION] = len(book.codes) + 3, 0
+    assert np.allclose(book.decode(rows)[0], book.book.decode(np.zeros((1, 16), int))[0])
+    assert book.captions(rows)[1] == UNKNOWN * CAPTION
+
+
+def test_captioned_images_are_the_same_images_and_are_kept_with_the_runs(captioned, digits, session_runs):
+    config = DataConfig("captioned_digits", vocab_size=32 + len(LETTERS), patch=2, val_per_class=20)
+    for data in (captioned, data_for(config), data_for(config)):
+        assert np.array_equal(data.codebook.middle, captioned.codebook.middle)
+        for split in SPLITS:
+            for ours, plain in zip(data.tokens[split], digits.tokens[split], strict=True):
+                assert torch.equal(ours[:, CAPTION:], plain)
+    _data_for.cache_clear()  # as another process reads it
+    again = data_for(config)
+    assert np.array_equal(again.codebook.middle, captioned.codebook.middle)
+    assert again.codebook.captions(again.tokens["val"][7]) == captioned.codebook.captions(captioned.tokens["val"][7])

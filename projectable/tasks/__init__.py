@@ -6,7 +6,9 @@ Images ↔ tokens: patches, a k-means codebook, raster order.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -207,8 +209,9 @@ def make_tasks(
     """Tasks of an image set: `classes`, or `clustersK` (e.g. clusters64). The codebook sees training images only.
 
     `dataset` is a name or `folder:PATH`, see `tasks.images`; `glyphs` and `text` have tasks of their own (see these
-    modules). `seen7` and `unseen3` are the classes without and with `HELD_OUT_CLASSES`; the codebook sees the former
-    only. Any tasks with `-fewN` or `-fewN-sS` behind them: N images of each, drawn with seed S (see `few`).
+    modules), `captioned_fashion` and `captioned_digits` a caption before every image (`text.caption`). `seen7` and
+    `unseen3` are the classes without and with `HELD_OUT_CLASSES`; the codebook sees the former only. Any tasks with
+    `-fewN` or `-fewN-sS` behind them: N images of each, drawn with seed S (see `few`).
 
     Raises ValueError naming the allowed values; DataError where images are missing or too few.
     """
@@ -261,4 +264,16 @@ def _text(tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int
     return make_text(tasks, vocab_size, val_per_class, seed)
 
 
-MAKERS = {"glyphs": _glyphs, "text": _text}  # data sets with tasks of their own; a run's key follows the one it names
+def _captioned(dataset: str, tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int) -> TaskData:
+    from .text import LETTERS, caption
+
+    return caption(make_tasks(dataset, tasks, vocab_size - len(LETTERS), patch, val_per_class, seed))
+
+
+# data sets with tasks of their own; a run's key follows the one it names
+MAKERS: dict[str, Callable[..., TaskData]] = {
+    "glyphs": _glyphs,
+    "text": _text,
+    "captioned_fashion": partial(_captioned, "fashion"),
+    "captioned_digits": partial(_captioned, "digits"),
+}

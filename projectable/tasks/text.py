@@ -6,6 +6,7 @@ What is notable:
 - Files are split, not sequences: no file is in two splits, and no sequence of validation or test text occurs anywhere
   in its task's training text.
 - Texts change with the versions of their packages: `versions` names them and belongs to whatever names the data.
+- Text and images in one sequence: `caption` writes a caption before every image of other tasks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -234,3 +235,100 @@ def make_text(tasks: str, vocab_size: int, val_per_class: int, seed: int = 0) ->
     families = tuple(source.family for source in KINDS.values())
     licence = f"the packages' own; texts of {versions()}"
     return TaskData(f"text/{tasks}", tuple(KINDS), tokens, cast(Codebook, alphabet), licence, families)
+
+
+# ---------------------------------------------------------------------------------- captions and images in one sequence
+
+CAPTION = 24  # characters before an image
+LETTERS = " -abcdefghijklmnopqrstuvwxyz0123456789"
+WORDS = (("small", "large"), ("dark", "bright"))  # below and above the middle of its task
+INK = 0.1  # a pixel from there on belongs to the thing
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A caption's characters, then its image's tokens, with the interface of a `Codebook`.
+
+    The vocabulary: the codes of `book`, then LETTERS. `middle` (T, 2) is the median of each task's training images in
+    the two measures that captions speak of.
+    """
+
+    book: Codebook
+    middle: np.ndarray
+
+    @property
+    def codes(self) -> np.ndarray:
+        return self.book.codes
+
+    @property
+    def patch(self) -> int:
+        return self.book.patch
+
+    @property
+    def height(self) -> int:
+        return self.book.height
+
+    @property
+    def width(self) -> int:
+        return self.book.width
+
+    @property
+    def length(self) -> int:
+        """Tokens of caption and image."""
+        return CAPTION + self.book.length
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """Tokens (n, length) → images (n, H, W, C); a letter among an image's tokens counts as the darkest code."""
+        tokens = np.asarray(tokens)[:, CAPTION:]
+        return self.book.decode(np.where(tokens < len(self.codes), tokens, 0))
+
+    def captions(self, tokens: np.ndarray) -> list[str]:
+        """Tokens (n, length) → n captions; a code among the letters is an unknown character."""
+        rows = np.asarray(tokens)[:, :CAPTION] - len(self.codes)
+        return ["".join(LETTERS[i] if i >= 0 else UNKNOWN for i in row).rstrip() for row in rows.tolist()]
+
+    def write(self, captions: list[str]) -> np.ndarray:
+        """Captions → tokens (n, CAPTION), cut or filled up with blanks; what is no letter becomes a dash."""
+        numbers = {c: len(self.codes) + i for i, c in enumerate(LETTERS)}
+        rows = [
+            [numbers.get(c, numbers["-"]) for c in caption.lower().ljust(CAPTION)[:CAPTION]] for caption in captions
+        ]
+        return np.array(rows, np.int64).reshape(len(rows), CAPTION)
+
+    def describe(self, images: np.ndarray, task: int) -> list[tuple[str, str]]:
+        """The words of WORDS that are true of images (n, H, W, C) of a task."""
+        above = measures(images) > self.middle[task]
+        return [(WORDS[0][int(large)], WORDS[1][int(bright)]) for large, bright in above]
+
+    def agreement(self, tokens: np.ndarray) -> np.ndarray:
+        """How often an image is what its caption says: tokens (T, n, length) → share of the two words, (T,)."""
+        shares = []
+        for task, rows in enumerate(tokens):
+            said = np.array([(*caption.split(), "", "")[:2] for caption in self.captions(rows)])
+            shares.append((said == np.array(self.describe(self.decode(rows), task))).mean())
+        return np.array(shares)
+
+
+def measures(images: np.ndarray) -> np.ndarray:
+    """Images (n, H, W, C) → (n, 2): the share of pixels that belong to the thing, and their mean."""
+    flat = images.reshape(len(images), -1)
+    ink = flat > INK
+    return np.stack([ink.mean(1), (flat * ink).sum(1) / np.maximum(ink.sum(1), 1)], axis=1)
+
+
+def caption(data: TaskData) -> TaskData:
+    """The same tasks with a caption before every image: whether it is small or large, dark or bright *for its task*
+    (below or above the median of the task's training images as their codes show them), and the task's name.
+    """
+    book = data.codebook
+    images = [[book.decode(x.numpy()) for x in data.tokens[split]] for split in SPLITS]
+    middle = np.stack([np.median(measures(x), axis=0) for x in images[SPLITS.index("train")]])
+    both = Captioned(book, middle)
+    tokens: dict[str, list[torch.Tensor]] = {}
+    for split, of_split in zip(SPLITS, images, strict=True):
+        tokens[split] = []
+        for task, x in enumerate(of_split):
+            words = [f"{large} {bright} {data.task_names[task]}" for large, bright in both.describe(x, task)]
+            parts = [torch.from_numpy(both.write(words)), data.tokens[split][task]]
+            tokens[split].append(torch.cat(parts, dim=1))  # (n, CAPTION + N)
+    return replace(data, name=f"captioned {data.name}", tokens=tokens, codebook=cast(Codebook, both))
