@@ -1,6 +1,10 @@
 """Small real data and small trained models that the tests share; every run goes to a folder of this session."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +19,8 @@ DIGITS = DataConfig("digits", "classes", vocab_size=32, patch=2, val_per_class=2
 
 
 def pytest_collection_modifyitems(items):
-    """What is fast comes first."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """What is fast comes first, what waits for the notebooks last."""
+    items.sort(key=lambda item: [item.get_closest_marker(mark) is not None for mark in ("notebook", "slow")])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +34,28 @@ def session_runs(tmp_path_factory, request):
     patch.setenv("PROJECTABLE_RUNS", str(folder))
     yield folder
     patch.undo()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def toy_notebooks(session_runs, tmp_path_factory, request):
+    """All notebooks at the smoke setting, in a project folder of their own: (folder, process), started before any test.
+
+    They take as long as the other tests, mostly on another core; what needs them comes last. None where nothing does.
+    """
+    if not any(item.get_closest_marker("notebook") for item in request.session.items):
+        yield None
+        return
+    root = tmp_path_factory.mktemp("project")
+    shutil.copytree(Path(__file__).parents[1] / "notebooks", root / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    env = os.environ | {"PROJECTABLE_ROOT": str(root), "PROJECTABLE_RUNS": str(root / "runs")}
+    command = [sys.executable, "-m", "projectable", "reproduce", "--profile", "smoke"]
+    with open(root / "said.txt", "wb") as said:
+        process = subprocess.Popen(
+            command, env=env, stdout=said, stderr=subprocess.STDOUT, preexec_fn=lambda: os.nice(5)
+        )
+    yield root, process
+    process.terminate()
+    process.wait()
 
 
 @pytest.fixture

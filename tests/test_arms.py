@@ -9,7 +9,7 @@ import torch
 from conftest import DIGITS, randomise, tiny, tiny_projectable, tiny_source
 
 from projectable import arms, experiment
-from projectable.arms import ARMS, EVERY, FEW_IMAGES, UNIVERSALS, Scarce, Study
+from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, UNIVERSALS, Scarce, Study
 from projectable.baselines import Universal, for_new_tasks
 from projectable.config import get_profile
 from projectable.projection import Adapted
@@ -109,6 +109,31 @@ def test_every_arm_is_in_one_place_and_starts_somewhere():
 
 
 # -------------------------------------------------------------------------------------------------- new tasks
+
+
+@pytest.mark.parametrize("maps", [MAPS, LINEAR], ids=["orthonormal", "linear"])
+def test_arms_that_name_no_family_have_the_studys_maps(study, maps):
+    study.maps, study.loss = maps, lambda config, member: 1.0
+    for name, arm in EVERY.items():
+        if arm.model == "projectable":
+            options = dict(study.config(name, {8: 1e-2, 16: 1e-2, 24: 1e-2}, 0).options)
+            assert options == (arm.options if "family" in arm.options else maps | arm.options), name
+
+
+def test_controls_differ_from_the_projection_in_what_they_say(study):
+    study.loss = lambda config, member: 1.0
+    controls = [name for name, arm in ARMS.items() if arm.model == "projectable"]
+    options = {name: dict(study.config(name, dict.fromkeys((8, 16, 24), 1e-2), 0).options) for name in controls}
+    static = dict(inner="Static", neurons="Static")
+    for name, difference in {
+        "projected_few_dims": dict(z_dim=3),
+        "static_token": static,
+        "static": static | dict(use_task_embedding=False),
+        "bank_trained": dict(source_mode="random_trained"),
+        "bank_frozen": dict(source_mode="random_frozen"),
+        "source_frozen": dict(source_mode="frozen"),
+    }.items():
+        assert options[name] == options["projected"] | difference
 
 
 @pytest.mark.parametrize("conditioning", ["token", "additive", "film", "adaln"])

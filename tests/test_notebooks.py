@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 from html import unescape
 from pathlib import Path
 
@@ -21,16 +20,14 @@ SMOKE = get_profile("smoke")
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def reports(toy_notebooks):
     """The reports of one smoke run of all notebooks, in a project folder of their own."""
-    root = tmp_path_factory.mktemp("project")
-    shutil.copytree(NOTEBOOKS, root / "notebooks", ignore=shutil.ignore_patterns(".*"))
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PROJECTABLE_ROOT", str(root))
-    patch.setenv("PROJECTABLE_RUNS", str(root / "runs"))
-    assert reporting.reproduce("smoke") == 0
-    yield root / "reports" / "smoke"
-    patch.undo()
+    root, process = toy_notebooks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROJECTABLE_ROOT", str(root))
+        patch.setenv("PROJECTABLE_RUNS", str(root / "runs"))
+        assert process.wait() == 0, (root / "said.txt").read_text()[-4000:]
+        yield root / "reports" / "smoke"
 
 
 def recorded(reports: Path, notebook: str) -> dict:
