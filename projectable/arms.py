@@ -27,7 +27,7 @@ class Arm:
 
     words: str  # as a legend shows it
     model: str
-    lr: dict[int, float]
+    lr: dict[int, float]  # empty: that of the study's maps
     # source (the source alone), joint, both (as many examples as source and joint), half, matched (as much compute as
     # source and projections of all sizes), or a share of both
     steps: str | float = "both"
@@ -45,16 +45,32 @@ class Arm:
 _UNIVERSAL = {8: 8e-2, 16: 4e-2, 32: 2e-2}
 _SPECIALIST = {8: 5.6e-2, 16: 2.8e-2, 32: 1e-2}
 _TUNED = {8: 4e-2, 16: 1.4e-2, 32: 7e-3}
-_MAPS = {8: 1e-2}
 _SOURCE = dict(conditioning="additive", zero_writes=True)
-# of all projections where an arm or a study says nothing else: the best on validation images (families and layout in
-# notebook 10; together, and cheaper, in a dozen runs of one seed)
-MAPS: dict = dict(family="Orthonormal", steps=2, layout="per_matrix", neurons="Linear", z_dim=8)
-LINEAR: dict = dict(family="Linear", z_dim=8)  # the plain reading of the paper, in half of the time
 LAMBDA = 3.0  # weight of the source's own objective: with 1 the source loses about 1 % (validation images)
 
 
-def _projected(words: str, lr: dict[int, float] = _MAPS, max_seeds=None, only=None, **options) -> Arm:
+@dataclass(frozen=True)
+class Maps:
+    """A form of the projections: options of `Projectable`, what makes them task-free, the middle of their sweeps."""
+
+    options: dict
+    static: dict
+    lr: float
+
+
+# The default: nearly orthonormal maps (two Newton–Schulz steps), but for the neurons', of its own for each matrix. The
+# best on validation images: families and layout in notebook 10; together, and cheaper, in 17 runs of the first seed.
+MAPS = Maps(
+    dict(family="Orthonormal", steps=2, layout="per_matrix", neurons="Linear", z_dim=8),
+    dict(inner="Static", neurons="Static"),
+    1e-2,
+)
+LINEAR = Maps(dict(family="Linear", z_dim=8), dict(family="Static"), 6.8e-3)  # the plain reading of the paper; cheaper
+
+
+def _projected(words: str, max_seeds=None, only=None, **options) -> Arm:
+    """An arm of the study's maps; where `options` name a family, of that one and centred on `LINEAR.lr`."""
+    lr = {8: LINEAR.lr} if "family" in options else {}
     return Arm(words, "projectable", lr, "joint", "source", dict(source_weight=LAMBDA) | options, max_seeds, only)
 
 
@@ -85,10 +101,8 @@ ARMS = {
     "specialists_tuned": Arm("specialists, tuned from the best universal", "specialists", _TUNED, "half", "universal"),
     "projected": _projected("projected"),
     "projected_few_dims": _projected("projected, task vectors of 3 dimensions", only=0, z_dim=3),
-    "static_token": _projected("over-parametrised universal (StaticToken)", inner="Static", neurons="Static"),
-    "static": _projected(
-        "one model for all tasks (Static)", max_seeds=3, inner="Static", neurons="Static", use_task_embedding=False
-    ),
+    "static_token": _projected("over-parametrised universal (StaticToken)", static=True),
+    "static": _projected("one model for all tasks (Static)", max_seeds=3, static=True, use_task_embedding=False),
     "bank_trained": _projected("random source, trained", source_mode="random_trained"),
     "bank_frozen": _projected("random source, frozen", max_seeds=3, source_mode="random_frozen"),
     "source_frozen": _projected("projected, source frozen", max_seeds=3, source_mode="frozen"),
@@ -119,7 +133,7 @@ DIRECT |= {
 }
 # of the notebook on stability: other generators over one and the same source
 STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True)}
-# of the notebook on generators: one factor at a time around `projected`
+# of the notebook on generators: one factor at a time around linear maps
 _OTHER_FAMILIES = [name for name in generators.FAMILIES if name not in ("Linear", "Static")]
 FAMILIES = {f"family_{name}": _projected(f"{name} maps", family=name, z_dim=8) for name in _OTHER_FAMILIES}
 BANKS = {
@@ -138,9 +152,9 @@ FACTORS = {
     "z_2": _projected("task vectors of 2 dimensions", z_dim=2, **_LINEAR),
     "z_16": _projected("task vectors of 16 dimensions", z_dim=16, **_LINEAR),
 }
-ALONE = {f"alone_{i}": _projected(f"one size alone ({i})", only=i, z_dim=8, **_LINEAR) for i in range(3)}
+ALONE = {f"alone_{i}": _projected(f"one size alone ({i})", max_seeds=3, only=i) for i in range(3)}
 # of the notebook on the source: fewer layers than it has
-DEPTHS = {f"depth_{n}": _projected(f"projected to {n} layers", z_dim=8, n_layers=n, **_LINEAR) for n in (1, 2)}
+DEPTHS = {f"depth_{n}": _projected(f"projected to {n} layers", max_seeds=3, n_layers=n) for n in (1, 2)}
 # of the notebook on conditionings: what the maps are told of a task
 _TOLD = {
     "NoID": "nothing",
@@ -150,7 +164,7 @@ _TOLD = {
     "SupportSet": "some of its images",
 }
 CONDITIONED = {
-    f"told_{name}": _projected(_TOLD.get(name, name), z_dim=8, conditioning=name, **_LINEAR)
+    f"told_{name}": _projected(_TOLD.get(name, name), max_seeds=3, conditioning=name)
     for name in conditioning.CONDITIONINGS
     if name != "LearnedID"
 }
@@ -167,8 +181,8 @@ MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected")
 class Study:
     """All arms of one profile and one definition of tasks: sweeps, choices, runs over seeds.
 
-    `masked`: of the masked family (`masked.py`), whose arms are `MASKED`. `maps`: options of projections for arms that
-    do not name a family.
+    `masked`: of the masked family (`masked.py`), whose arms are `MASKED`. `maps`: the form of projections, in all arms
+    that do not name a family.
     """
 
     def __init__(
@@ -177,7 +191,7 @@ class Study:
         tasks: str = "classes",
         sizes: tuple[int, ...] | None = None,
         masked: bool = False,
-        maps: dict = MAPS,
+        maps: Maps = MAPS,
     ):
         self.maps, self.profile, self.data = maps, profile, replace(profile.data, tasks=tasks)
         self.sizes = sizes or profile.sizes
@@ -197,7 +211,8 @@ class Study:
         sizes = () if arm.model == "source" else tuple(sorted(rates))
         options, start = dict(arm.options), None
         if arm.model == "projectable" and "family" not in options:
-            options = self.maps | options
+            static = self.maps.static if options.pop("static", False) else {}
+            options = self.maps.options | options | static
         if name in ("universal_distilled", "universal_matched"):
             options["conditioning"] = dict(self.arms[self.best_universal(*sizes)].options)["conditioning"]
         both = p.source_steps + p.joint_steps
@@ -250,19 +265,21 @@ class Study:
         only = self.arms[name].only
         return self.sizes if only is None else (self.sizes[only],)
 
+    def middle(self, name: str, size: int) -> float:
+        """Where the sweep of an arm and size is centred."""
+        return self.arms[name].middle(size) if self.arms[name].lr else self.maps.lr
+
     def _trials(self, name: str, powers: dict[int, list[int]]) -> dict[tuple[int, int], RunConfig]:
         """{(size, power): config}: rate = middle · FACTOR^power. Projections train all sizes in one run."""
         seed, arm = self.profile.seeds[0], self.arms[name]
 
         def rate(size: int, power: int) -> float:
-            return float(f"{arm.middle(size) * FACTOR**power:.2g}")
+            return float(f"{self.middle(name, size) * FACTOR**power:.2g}")
 
         if name == "source":  # judged by the projections that start from it
-            (size,), middle, control = powers, self.arms["projected"].middle, self.arms["source_control"].middle
-            rates = {s: middle(s) for s in self.sizes}
-            return {
-                (size, k): self.config("projected", rates, seed, (rate(size, k), control(size))) for k in powers[size]
-            }
+            (size,), rates = powers, {s: self.middle("projected", s) for s in self.sizes}
+            control = self.middle("source_control", size)
+            return {(size, k): self.config("projected", rates, seed, (rate(size, k), control)) for k in powers[size]}
         if arm.model == "projectable":
             every = sorted({k for ks in powers.values() for k in ks})
             sizes = self._sizes(name)

@@ -134,7 +134,8 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
     else:
         book = Codebook(codes, about["patch"], about["height"], about["width"])
     if "middle" in about:
-        book = cast(Codebook, text.Captioned(book, np.array(about["middle"])))
+        plain = replace(book, codes=codes[: len(codes) - len(text.LETTERS)])
+        book = cast(Codebook, text.Captioned(plain, np.array(about["middle"])))
     return TaskData(about["name"], names, tokens, book, about["licence"], tuple(about["families"]))
 
 
@@ -259,10 +260,10 @@ TAUGHT = {"distilled": "universal", "distilled_specialists": "specialists"}  # w
 
 
 def operations(config: RunConfig) -> float:
-    """Multiply-adds of a run's training, its start and the generation of its weights included.
+    """Multiply-adds of a run's training, its start and the generation of projections included.
 
-    Forward and backward count as three forward passes; a frozen source's inner pass does not exist. A masked model
-    counts as its causal twin: its attention costs twice as much, its head half.
+    Of matrix products alone. Forward and backward count as three forward passes; a frozen source's inner pass does not
+    exist. A masked model counts as its causal twin: its attention costs twice as much, its head half.
     """
     data = data_for(config.data)
     length = data.codebook.length
@@ -289,7 +290,7 @@ def _generation(config: RunConfig, n_tasks: int) -> int:
     """Multiply-adds of the products that generate the small weights of that many tasks, all sizes of a projectable."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         model = _blank(config, data_for(config.data)).requires_grad_(False)  # whose hooks the counter could not set
         with FlopCounterMode(display=False) as counter:
             for member in config.sizes:

@@ -232,7 +232,7 @@ def export(
             raise ModelError(f"{folder} exists: choose another folder, or pass overwrite (--overwrite)")
         if not folder.is_dir() or {p.name for p in folder.iterdir()} - FILES:
             raise ModelError(f"{folder} holds more than an exported model: it is left alone")
-    if run.config.data.dataset.startswith(("text", "captioned")):
+    if run.config.data.dataset in ("text", "captioned_fashion", "captioned_digits"):
         raise ValueError(f"{run.folder.name} models text; allowed: runs on images")
     if run.config.model.startswith("masked_"):
         raise ValueError(f"{run.folder.name} fills in masked tokens; allowed: models that sample token by token")

@@ -220,7 +220,7 @@ class Projectable(Model):
     """A source and its projections of several sizes: the paper's model.
 
     `conditioning` makes the task vectors (learned IDs by default) from what it is `told` of the tasks, `family` the
-    maps; further options go to the family.
+    maps; further options are those of `Projection` and of the family.
     `source_mode` says what becomes of the source: `trained` (keeps its own objective), `frozen`, or the controls
     `random_trained` and `random_frozen` (inner weights redrawn at matched scale; embeddings, positions and head
     kept; no objective of its own). `use_task_embedding=False` hides the source's c(t) from the small models.

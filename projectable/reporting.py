@@ -90,10 +90,10 @@ def _read_json(path: Path, default):
 
 
 class Report:
-    """What one notebook finds, written as data while it runs."""
+    """What one notebook finds, written as data while it runs. `note` is added to what every statistic says."""
 
-    def __init__(self, notebook: str, profile: str):
-        self.notebook, self.profile = notebook, check_profile(profile)
+    def __init__(self, notebook: str, profile: str, note: str = ""):
+        self.notebook, self.profile, self.note = notebook, check_profile(profile), note
         self.reports = reports_dir(profile)
         self.claims: list[dict] = []
         self.scraps: dict = {}
@@ -140,6 +140,7 @@ class Report:
         """Record what was found about a claim; `commit` is the one that trained, if not the present one."""
         if verdict not in VERDICTS:
             raise ValueError(f"unknown verdict {verdict!r} for claim {id!r}; allowed: {', '.join(VERDICTS)}")
+        statistic = f"{statistic}; {self.note}" if self.note else statistic
         found = {"statistic": statistic, "value": value, "ci_low": ci_low, "ci_high": ci_high}
         found |= {"seeds": seeds, "tasks": tasks, "verdict": verdict}
         run = {"profile": self.profile, "device": device(), "commit": commit or current_commit()}

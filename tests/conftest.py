@@ -1,7 +1,9 @@
 """Small real data and small trained models that the tests share; every run goes to a folder of this session."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,20 +44,21 @@ def toy_notebooks(session_runs, tmp_path_factory, request):
 
     They take as long as the other tests, mostly on another core; what needs them comes last. None where nothing does.
     """
-    if not any(item.get_closest_marker("notebook") for item in request.session.items):
+    if not any("reports" in getattr(item, "fixturenames", ()) for item in request.session.items):
         yield None
         return
     root = tmp_path_factory.mktemp("project")
     shutil.copytree(Path(__file__).parents[1] / "notebooks", root / "notebooks", ignore=shutil.ignore_patterns(".*"))
     env = os.environ | {"PROJECTABLE_ROOT": str(root), "PROJECTABLE_RUNS": str(root / "runs")}
-    command = [sys.executable, "-m", "projectable", "reproduce", "--profile", "smoke"]
+    command = ["nice", "-n", "5", sys.executable, "-m", "projectable", "reproduce", "--profile", "smoke"]
     with open(root / "said.txt", "wb") as said:
-        process = subprocess.Popen(
-            command, env=env, stdout=said, stderr=subprocess.STDOUT, preexec_fn=lambda: os.nice(5)
-        )
+        process = subprocess.Popen(command, env=env, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
     yield root, process
-    process.terminate()
-    process.wait()
+    for sign in (signal.SIGINT, signal.SIGKILL):  # where tests ended early: first as Ctrl-C does, then for good
+        if process.poll() is None:
+            os.killpg(process.pid, sign)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30)
 
 
 @pytest.fixture

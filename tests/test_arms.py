@@ -13,6 +13,7 @@ from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, UNIVERSALS, 
 from projectable.baselines import Universal, for_new_tasks
 from projectable.config import get_profile
 from projectable.projection import Adapted
+from projectable.transformer import Shape
 
 PROFILE = replace(get_profile("smoke"), trials=3, max_trials=6)
 
@@ -76,7 +77,7 @@ def test_the_sources_beginning_is_judged_by_its_projections(study):
     trials = study.sweep("source")
     assert trials.lr[trials.best].tolist() == [7e-3] and set(trials.arm) == {"source"}
     assert all(config.model == "projectable" for config in study.asked)
-    assert all(config.lr == tuple(ARMS["projected"].middle(s) for s in PROFILE.sizes) for config in study.asked)
+    assert all(config.lr == (MAPS.lr,) * 3 for config in study.asked)
     assert {config.source_lr for config in study.asked} == {ARMS["source_control"].middle(32)}
     assert study.rates("source_control") == {32: 2e-2}, "the control is judged by itself, as far as its sweep goes"
     config = study.config("projected", {s: 1e-3 for s in PROFILE.sizes}, seed=1)
@@ -102,28 +103,38 @@ def test_tuned_specialists_and_their_start_see_as_many_examples_as_all(study):
     assert study.config("specialists", {8: 1e-2}, seed=0).steps == PROFILE.source_steps + PROFILE.joint_steps
 
 
-def test_every_arm_is_in_one_place_and_starts_somewhere():
-    assert set(UNIVERSALS) <= set(ARMS) <= set(EVERY)
-    assert all(arm.start in ("", "universal", *EVERY) for arm in EVERY.values())
-    assert all(arm.base in ("", "universal", *EVERY) and arm.after in ("", *FEW_IMAGES) for arm in FEW_IMAGES.values())
-
-
-# -------------------------------------------------------------------------------------------------- new tasks
-
-
 @pytest.mark.parametrize("maps", [MAPS, LINEAR], ids=["orthonormal", "linear"])
-def test_arms_that_name_no_family_have_the_studys_maps(study, maps):
+def test_arms_that_name_no_family_have_the_studys_maps(study, maps, digits):
     study.maps, study.loss = maps, lambda config, member: 1.0
+    start = Universal(Shape(32, n_layers=2, vocab_size=32, length=16), 10, "additive", "source")
     for name, arm in EVERY.items():
         if arm.model == "projectable":
-            options = dict(study.config(name, {8: 1e-2, 16: 1e-2, 24: 1e-2}, 0).options)
-            assert options == (arm.options if "family" in arm.options else maps | arm.options), name
+            config = study.config(name, {8: 1e-2}, 0)
+            of_maps = (
+                {} if "family" in arm.options else maps.options | (maps.static if arm.options.get("static") else {})
+            )
+            own = {key: value for key, value in arm.options.items() if key != "static"}
+            assert dict(config.options) == of_maps | own, name
+            if "conditioning" not in own:
+                model = experiment.untrained(config, digits, start)  # the family takes these options
+                assert type(model.projections["d8"].stream).__name__ == (own | of_maps)["family"]
+
+
+def test_sweeps_of_projections_are_centred_on_the_rate_of_their_maps(study):
+    study.loss = lambda config, member: bowl(config.lr[0], study.middle("projected", 8))
+    study._rates |= {"source": {32: 1e-2}, "source_control": {32: 1e-2}}
+    for study.maps in (MAPS, LINEAR):
+        trials = study.sweep("projected", "family_Mixture")
+        rates = trials.groupby("arm").lr.unique()
+        assert rates["projected"].tolist() == pytest.approx([study.maps.lr * f for f in (0.5, 1, 2)], rel=0.05)
+        assert LINEAR.lr in rates["family_Mixture"]
 
 
 def test_controls_differ_from_the_projection_in_what_they_say(study):
     study.loss = lambda config, member: 1.0
+    rates = {8: 1e-2, 16: 1e-2, 24: 1e-2}
     controls = [name for name, arm in ARMS.items() if arm.model == "projectable"]
-    options = {name: dict(study.config(name, dict.fromkeys((8, 16, 24), 1e-2), 0).options) for name in controls}
+    options = {name: dict(study.config(name, rates, 0).options) for name in controls}
     static = dict(inner="Static", neurons="Static")
     for name, difference in {
         "projected_few_dims": dict(z_dim=3),
@@ -134,6 +145,15 @@ def test_controls_differ_from_the_projection_in_what_they_say(study):
         "source_frozen": dict(source_mode="frozen"),
     }.items():
         assert options[name] == options["projected"] | difference
+
+
+def test_every_arm_is_in_one_place_and_starts_somewhere():
+    assert set(UNIVERSALS) <= set(ARMS) <= set(EVERY)
+    assert all(arm.start in ("", "universal", *EVERY) for arm in EVERY.values())
+    assert all(arm.base in ("", "universal", *EVERY) and arm.after in ("", *FEW_IMAGES) for arm in FEW_IMAGES.values())
+
+
+# -------------------------------------------------------------------------------------------------- new tasks
 
 
 @pytest.mark.parametrize("conditioning", ["token", "additive", "film", "adaln"])

@@ -187,6 +187,14 @@ class TestOrthonormal:
             errors.append((maps.T @ maps - torch.eye(12)).abs().max().item())
         assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-5
 
+    @pytest.mark.parametrize("spread, steps, error", [(2.5, 4, 1e-5), (2.5, 2, 0.1), (5, 4, 1e-3), (5, 2, 0.6)])
+    def test_how_far_from_orthonormal_columns_are(self, spread, steps, error):
+        generator = make_generator("Orthonormal", orthonormal(1, 64, 32), K, inner="Static", steps=steps).double()
+        with torch.no_grad():
+            generator.base.mul_(torch.linspace(1, spread, 32))
+        maps = generator(torch.zeros(1, K).double())[0, 0]
+        assert error / 100 < (maps.T @ maps - torch.eye(32)).abs().max() < error or error == 1e-5
+
     def test_gradients_at_the_start_are_finite(self):
         generator = make_generator("Orthonormal", torch.eye(8)[:, :4].unsqueeze(0), K)
         (generator(torch.randn(T, K)) * torch.randn(T, 1, 8, 4)).sum().backward()

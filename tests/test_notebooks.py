@@ -26,7 +26,7 @@ def reports(toy_notebooks):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROJECTABLE_ROOT", str(root))
         patch.setenv("PROJECTABLE_RUNS", str(root / "runs"))
-        assert process.wait() == 0, (root / "said.txt").read_text()[-4000:]
+        assert process.wait(timeout=900) == 0, (root / "said.txt").read_text()[-4000:]
         yield root / "reports" / "smoke"
 
 

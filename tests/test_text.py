@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from projectable.config import DataConfig
+from projectable.config import DataConfig, get_profile
 from projectable.evaluation import bits_per_pixel
 from projectable.experiment import _data_for, data_for
 from projectable.storage import code_behind
@@ -219,10 +219,12 @@ def test_captions_by_hand():
 
 def test_captions_say_what_is_true(captioned):
     book = captioned.codebook
-    assert book.length == CAPTION + 16 and captioned.n_tasks == 10 and len(book.codes) == 32
+    assert book.length == CAPTION + 16 and captioned.n_tasks == 10
+    assert book.n_codes == 32 and len(book.codes) == 32 + len(LETTERS)
     for split in SPLITS:
         rows = [x.numpy() for x in captioned.tokens[split]]
-        assert (book.agreement(rows) == 1).all()
+        own, others = book.agreement(rows).T
+        assert (own == 1).all() and (others < 0.9).all()
         words = {caption for caption in book.captions(rows[3])}
         assert words == {f"{size} {shade} 3" for size in ("small", "large") for shade in ("dark", "bright")}
     halves = [caption.startswith("large") for x in captioned.tokens["train"] for caption in book.captions(x.numpy())]
@@ -242,13 +244,46 @@ def test_agreement_counts_words_that_are_wrong(captioned):
     ):
         rows[:, :CAPTION] = captioned.codebook.write([words])
         found = replace(captioned.codebook, middle=captioned.codebook.middle[3:4]).agreement([rows])
-        assert found.tolist() == [share], words
+        assert found.tolist() == [[share, 0]], words  # one image has no others
+
+
+def test_words_that_have_nothing_to_do_with_their_image_agree_by_chance(captioned):
+    """Captions that mostly say large and bright, whatever they stand before: more than half of the words are true."""
+    rows, book = captioned.tokens["train"][1].numpy().copy(), captioned.codebook
+    large = [row for row, words in zip(rows, book.captions(rows), strict=True) if words.startswith("large")]
+    rows = np.stack(large * 4 + list(rows))  # drawings that mostly are large, too
+    rng = np.random.default_rng(0)
+    words = [f"{size} {shade}" for size, shade in zip(*rng.choice([0, 1, 1, 1], (2, len(rows))), strict=True)]
+    words = [
+        w.replace("0 ", "small ").replace("1 ", "large ").replace(" 0", " dark").replace(" 1", " bright") for w in words
+    ]
+    rows[:, :CAPTION] = book.write(words)
+    ((own, others),) = replace(book, middle=book.middle[1:2]).agreement([rows])
+    assert others > 0.53 and abs(own - others) < 0.03
+
+
+def test_the_images_below_captions_are_part_of_their_key():
+    for images, loader in (("fashion", "load_fashion_mnist"), ("digits", "load_digits")):
+        code, *_ = code_behind([make_tasks], [f"captioned_{images}"])
+        assert any(f"def {loader}(" in piece for piece in code) and any("def caption(" in piece for piece in code)
+
+
+def test_a_vocabulary_without_room_for_images():
+    with pytest.raises(ValueError, match=r"vocab_size=38 with captions; allowed: 39 or more"):
+        make_tasks("captioned_digits", vocab_size=38, patch=2)
+
+
+def test_the_captioned_profile_has_the_same_images():
+    for name in ("smoke", "laptop"):
+        plain, both = get_profile(name).data, get_profile(name).captioned.data
+        assert both.dataset == f"captioned_{plain.dataset}" and both.vocab_size == plain.vocab_size + len(LETTERS)
+        assert replace(both, dataset=plain.dataset, vocab_size=plain.vocab_size) == plain
 
 
 def test_letters_among_an_images_tokens_and_codes_among_letters_are_no_errors(captioned):
     book, rows = captioned.codebook, captioned.tokens["test"][0][:2].numpy().copy()
-    rows[0, CAPTION:], rows[1, :CAPTION] = len(book.codes) + 3, 0
-    assert np.allclose(book.decode(rows)[0], book.book.decode(np.zeros((1, 16), int))[0])
+    rows[0, CAPTION:], rows[1, :CAPTION] = book.n_codes + 3, 0
+    assert (book.decode(rows)[0] == 0).all()
     assert book.captions(rows)[1] == UNKNOWN * CAPTION
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -264,16 +263,26 @@ def _text(tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int
     return make_text(tasks, vocab_size, val_per_class, seed)
 
 
-def _captioned(dataset: str, tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int) -> TaskData:
+def _captioned(images: str, tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int) -> TaskData:
     from .text import LETTERS, caption
 
-    return caption(make_tasks(dataset, tasks, vocab_size - len(LETTERS), patch, val_per_class, seed))
+    if vocab_size <= len(LETTERS):
+        raise ValueError(f"vocab_size={vocab_size} with captions; allowed: {len(LETTERS) + 1} or more")
+    return caption(make_tasks(images, tasks, vocab_size - len(LETTERS), patch, val_per_class, seed))
+
+
+def _captioned_fashion(*about) -> TaskData:
+    return _captioned("fashion", *about)
+
+
+def _captioned_digits(*about) -> TaskData:
+    return _captioned("digits", *about)
 
 
 # data sets with tasks of their own; a run's key follows the one it names
 MAKERS: dict[str, Callable[..., TaskData]] = {
     "glyphs": _glyphs,
     "text": _text,
-    "captioned_fashion": partial(_captioned, "fashion"),
-    "captioned_digits": partial(_captioned, "digits"),
+    "captioned_fashion": _captioned_fashion,
+    "captioned_digits": _captioned_digits,
 }

@@ -241,7 +241,7 @@ def make_text(tasks: str, vocab_size: int, val_per_class: int, seed: int = 0) ->
 
 CAPTION = 24  # characters before an image
 LETTERS = " -abcdefghijklmnopqrstuvwxyz0123456789"
-WORDS = (("small", "large"), ("dark", "bright"))  # below and above the middle of its task
+WORDS = (("small", "large"), ("dark", "bright"))  # above the middle of its task is the second
 INK = 0.1  # a pixel from there on belongs to the thing
 
 
@@ -258,7 +258,14 @@ class Captioned:
 
     @property
     def codes(self) -> np.ndarray:
-        return self.book.codes
+        """The images' codes, then a blank one for every letter."""
+        codes = self.book.codes
+        return np.concatenate([codes, np.zeros((len(LETTERS), codes.shape[1]), codes.dtype)])
+
+    @property
+    def n_codes(self) -> int:
+        """Codes of images: letters have the numbers from there on."""
+        return len(self.book.codes)
 
     @property
     def patch(self) -> int:
@@ -278,18 +285,17 @@ class Captioned:
         return CAPTION + self.book.length
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens (n, length) → images (n, H, W, C); a letter among an image's tokens counts as the darkest code."""
-        tokens = np.asarray(tokens)[:, CAPTION:]
-        return self.book.decode(np.where(tokens < len(self.codes), tokens, 0))
+        """Tokens (n, length) → images (n, H, W, C); a letter among an image's tokens is blank."""
+        return replace(self.book, codes=self.codes).decode(np.asarray(tokens)[:, CAPTION:])
 
     def captions(self, tokens: np.ndarray) -> list[str]:
         """Tokens (n, length) → n captions; a code among the letters is an unknown character."""
-        rows = np.asarray(tokens)[:, :CAPTION] - len(self.codes)
+        rows = np.asarray(tokens)[:, :CAPTION] - self.n_codes
         return ["".join(LETTERS[i] if i >= 0 else UNKNOWN for i in row).rstrip() for row in rows.tolist()]
 
     def write(self, captions: list[str]) -> np.ndarray:
         """Captions → tokens (n, CAPTION), cut or filled up with blanks; what is no letter becomes a dash."""
-        numbers = {c: len(self.codes) + i for i, c in enumerate(LETTERS)}
+        numbers = {c: self.n_codes + i for i, c in enumerate(LETTERS)}
         rows = [
             [numbers.get(c, numbers["-"]) for c in caption.lower().ljust(CAPTION)[:CAPTION]] for caption in captions
         ]
@@ -300,12 +306,18 @@ class Captioned:
         above = measures(images) > self.middle[task]
         return [(WORDS[0][int(large)], WORDS[1][int(bright)]) for large, bright in above]
 
-    def agreement(self, tokens: np.ndarray) -> np.ndarray:
-        """How often an image is what its caption says: tokens (T, n, length) → share of the two words, (T,)."""
+    def agreement(self, tokens) -> np.ndarray:
+        """How often images are what captions say, the share of the two words: tokens, T of (n, length) → (T, 2).
+
+        First of an image's own caption, then of those of the task's other images: what chance gives.
+        """
         shares = []
         for task, rows in enumerate(tokens):
-            said = np.array([(*caption.split(), "", "")[:2] for caption in self.captions(rows)])
-            shares.append((said == np.array(self.describe(self.decode(rows), task))).mean())
+            said = np.array([(*caption.split(), "", "")[:2] for caption in self.captions(rows)])  # (n, 2)
+            true = np.array(self.describe(self.decode(rows), task))
+            pairs = (said[:, None] == true).mean(-1)  # (captions, images)
+            own = pairs.trace() / len(pairs)
+            shares.append((own, (pairs.sum() - pairs.trace()) / max(1, len(pairs) * (len(pairs) - 1))))
         return np.array(shares)
 
 
@@ -318,7 +330,7 @@ def measures(images: np.ndarray) -> np.ndarray:
 
 def caption(data: TaskData) -> TaskData:
     """The same tasks with a caption before every image: whether it is small or large, dark or bright *for its task*
-    (below or above the median of the task's training images as their codes show them), and the task's name.
+    (above the median of the task's training images as their codes show them, or not), and the task's name.
     """
     book = data.codebook
     images = [[book.decode(x.numpy()) for x in data.tokens[split]] for split in SPLITS]

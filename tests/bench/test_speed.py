@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from projectable.arms import LINEAR, MAPS, Maps
 from projectable.baselines import Model, Specialists, Universal
 from projectable.config import get_profile
 from projectable.projection import Projectable
@@ -39,23 +40,24 @@ def plain(d: int, layers: int) -> Universal:
     return Universal(Shape(d, layers), T, "none")
 
 
-def projectable(d: int, layers: int, mode: str = "trained") -> Projectable:
-    return Projectable(Universal(Shape(d, layers), T, "additive", "source"), T, SIZES, tokens(2), source_mode=mode)
+def projectable(d: int, layers: int, mode: str = "trained", maps: Maps = LINEAR) -> Projectable:
+    source = Universal(Shape(d, layers), T, "additive", "source")
+    return Projectable(source, T, SIZES, tokens(2), source_mode=mode, **maps.options)
 
 
-@pytest.mark.parametrize("d, layers, images", [(64, 2, 4), (96, 3, 12)])
-def test_joint_step_against_the_plain_models_in_it(compare, d, layers, images):
+@pytest.mark.parametrize("d, layers, images, maps", [(64, 2, 4, LINEAR), (64, 2, 4, MAPS), (96, 3, 12, LINEAR)])
+def test_joint_step_against_the_plain_models_in_it(compare, d, layers, images, maps):
     x = tokens(images)
-    joint = ours(projectable(d, layers), x)
+    joint = ours(projectable(d, layers, maps=maps), x)
     steps = [ours(plain(size, layers), x) for size in (d, *SIZES)]
-    shape = f"d = {d}, {layers} layers, {T} × {images} images"
+    shape = f"{'linear' if maps is LINEAR else 'default'} maps, d = {d}, {layers} layers, {T} × {images} images"
     compare(f"step of source + 3 projections ({shape})", joint, "the same 4 plain models", lambda: [s() for s in steps])
 
 
 def test_joint_step_against_its_source(compare):
     x = tokens(12)
     joint, source = ours(projectable(96, 3), x), ours(plain(96, 3), x)
-    what = "step of source + 3 projections (d = 96, 3 layers, 10 × 12 images)"
+    what = "step of source + 3 projections (linear maps, d = 96, 3 layers, 10 × 12 images)"
     compare(what, joint, "plain step at d = 96", source, 1 / 1.5)
 
 
@@ -72,7 +74,7 @@ def test_projections_batched_against_a_loop_over_tasks(compare, d, layers, image
         for t in range(T):
             sum(v.sum() / T for v in model.losses(IDS[t : t + 1], x[t : t + 1]).values()).backward()
 
-    shape = f"d = {d}, {layers} layers, {T} × {images} images"
+    shape = f"linear maps, d = {d}, {layers} layers, {T} × {images} images"
     compare(f"3 projections, batched over tasks ({shape})", batched, "a loop over tasks", looped, 2.0)
 
 
