@@ -308,7 +308,7 @@ def notebook_html(nb, status: dict, folder: Path, previous: str | None = None, n
 
 # ids of the paper's own claims: smaller and better than universal, the more the smaller; the source is kept; transfer
 PAPERS = re.compile(
-    r"headline\.(d\d+|widens\..+)|source\.kept|transfer\.(glyphs|classes)\..+|generators\.(headline|sizes)\..+"
+    r"headline\.(d\d+|widens\..+)|source\.kept|transfer\.(glyphs|classes)\..+|generators\.sizes\..+"
 )
 
 
