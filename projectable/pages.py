@@ -307,9 +307,7 @@ def notebook_html(nb, status: dict, folder: Path, previous: str | None = None, n
 
 
 # ids of the paper's own claims: smaller and better than universal, the more the smaller; the source is kept; transfer
-PAPERS = re.compile(
-    r"headline\.(d\d+|widens\..+)|source\.kept|transfer\.(glyphs|classes)\..+|generators\.sizes\..+"
-)
+PAPERS = re.compile(r"headline\.(d\d+|widens\..+)|source\.kept|transfer\.(glyphs|classes)\..+|generators\.sizes\..+")
 
 
 def claim_groups(claims: list[dict]) -> list[tuple[str, list[dict]]]:
