@@ -423,6 +423,7 @@ def waterfall(df: pd.DataFrame) -> Figure:
             )
         span = max(losses) - min(losses) or 1.0
         ax.set_xlim(min(losses) - 0.08 * span, max(losses) + 0.35 * span)
+        ax.xaxis.set_major_locator(MaxNLocator(3))
         ax.set_xlabel(LOSS)
         if size is not None:
             ax.set_title(f"width {size}")
