@@ -22,7 +22,7 @@ DIGITS = DataConfig("digits", "classes", vocab_size=32, patch=2, val_per_class=2
 
 def pytest_collection_modifyitems(items):
     """What is fast comes first, what waits for the notebooks last."""
-    items.sort(key=lambda item: [item.get_closest_marker(mark) is not None for mark in ("notebook", "slow")])
+    items.sort(key=lambda item: ("reports" in item.fixturenames, item.get_closest_marker("slow") is not None))
 
 
 @pytest.fixture(scope="session", autouse=True)
