@@ -40,8 +40,9 @@ def look(browser, path: Path, screen: str) -> dict:
     try:
         page.goto(path.as_uri(), wait_until="load")
         seen = page.evaluate(SEEN)
-        for summary in page.locator("details:not([open]) > summary").all()[::-1]:  # from the last: the list shrinks
-            summary.click()
+        if seen["folded"]:
+            page.locator("details:not([open]) > summary").last.click()  # as a reader does it; the rest at once: faster
+        page.evaluate("document.querySelectorAll('details:not([open]) > summary').forEach(summary => summary.click())")
         unfolded = page.evaluate(SEEN)
         links = page.evaluate("[...document.links].map(link => link.getAttribute('href'))")
     finally:
