@@ -193,7 +193,7 @@ class TestOrthonormal:
         with torch.no_grad():
             generator.base.mul_(torch.linspace(1, spread, 32))
         maps = generator(torch.zeros(1, K).double())[0, 0]
-        assert error / 100 < (maps.T @ maps - torch.eye(32)).abs().max() < error or error == 1e-5
+        assert (maps.T @ maps - torch.eye(32)).abs().max() < error
 
     def test_gradients_at_the_start_are_finite(self):
         generator = make_generator("Orthonormal", torch.eye(8)[:, :4].unsqueeze(0), K)
