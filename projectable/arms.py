@@ -134,25 +134,27 @@ DIRECT |= {
 # of the notebook on stability: other generators over one and the same source
 STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True)}
 # of the notebook on generators: one factor at a time around linear maps
-_OTHER_FAMILIES = [name for name in generators.FAMILIES if name not in ("Linear", "Static")]
-FAMILIES = {f"family_{name}": _projected(f"{name} maps", family=name, z_dim=8) for name in _OTHER_FAMILIES}
+_OTHER_FAMILIES: dict[str, dict] = {
+    name: dict(family=name, z_dim=8) | (dict(steps=2) if name == "Orthonormal" else {})  # as in `MAPS`
+    for name in generators.FAMILIES
+    if name not in ("Linear", "Static")
+}
+FAMILIES = {f"family_{name}": _projected(f"{name} maps", **options) for name, options in _OTHER_FAMILIES.items()}
 BANKS = {
     f"bank_{name}": _projected(
-        f"{name} maps, random source, trained", max_seeds=3, family=name, z_dim=8, source_mode="random_trained"
+        f"{name} maps, random source, trained", max_seeds=3, source_mode="random_trained", **options
     )
-    for name in _OTHER_FAMILIES
+    for name, options in _OTHER_FAMILIES.items()
 }
 _LINEAR: dict = dict(max_seeds=3, family="Linear")
 FACTORS = {
     "layout_per_matrix": _projected("maps of its own for each matrix", z_dim=8, layout="per_matrix", **_LINEAR),
-    "p0_slice": _projected("start: slices of the source", z_dim=8, p0="slice", **_LINEAR),
     "p0_random": _projected("start: random orthonormal", z_dim=8, p0="random", **_LINEAR),
     "lambda_1": _projected("λ = 1", z_dim=8, source_weight=1.0, **_LINEAR),
-    "lambda_10": _projected("λ = 10", z_dim=8, source_weight=10.0, **_LINEAR),
     "z_2": _projected("task vectors of 2 dimensions", z_dim=2, **_LINEAR),
     "z_16": _projected("task vectors of 16 dimensions", z_dim=16, **_LINEAR),
 }
-ALONE = {f"alone_{i}": _projected(f"one size alone ({i})", max_seeds=3, only=i) for i in range(3)}
+ALONE = {f"alone_{i}": _projected(f"one size alone ({i})", max_seeds=3, only=i) for i in range(2)}
 # of the notebook on the source: fewer layers than it has
 DEPTHS = {f"depth_{n}": _projected(f"projected to {n} layers", max_seeds=3, n_layers=n) for n in (1, 2)}
 # of the notebook on conditionings: what the maps are told of a task

@@ -346,6 +346,8 @@ def _blank(config: RunConfig, data: TaskData) -> Model:
         options = tuple((k, v) for k, v in config.options if k != "share")
         config = config.with_(model=TAUGHT[config.model], options=options, start=None)
     start = _blank(config.start, data_for(config.start.data)) if config.start is not None else None
+    if config.model.endswith("projectable"):  # whose start is overwritten: the one that costs nothing
+        config = config.with_(options=tuple((dict(config.options) | {"p0": "slice"}).items()))
     return untrained(config, data, start)
 
 
