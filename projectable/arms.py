@@ -170,10 +170,12 @@ CONDITIONED = {
     for name in conditioning.CONDITIONINGS
     if name != "LearnedID"
 }
-# of the same notebook: another rival of the same deployed size, and another family of Transformers
+# of the notebook on transfer: a rival that is told of new tasks by their images
+SUPPORTED = {"universal_support": Arm("universal, told some of its images", "support_universal", _UNIVERSAL)}
+# of the notebook on the source: another rival of the same deployed size, and another family of Transformers
 _MIXTURE = {8: 5.6e-2, 16: 2.8e-2, 32: 1.4e-2}
 MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", _MIXTURE, max_seeds=3)}
-EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS | CONDITIONED | MIXTURES
+EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS | CONDITIONED | SUPPORTED | MIXTURES
 # arms of a masked study, by the names of their twins: half as many tokens to learn from, so small models want less
 MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected")} | {
     name: replace(ARMS[name], lr={8: 4e-2, 16: 2.8e-2, 32: 2e-2}) for name in UNIVERSALS[1:]
@@ -357,28 +359,43 @@ class Study:
 
 @dataclass(frozen=True)
 class FewArm:
-    """One way to a model of a new task from a few images of it. `lr`: the middle of its sweep, by size."""
+    """One way to a model of a new task from a few images of it."""
 
     words: str
     model: str
     base: str  # the arm that was trained on other tasks, or `universal`: the best one of the size; empty: none
-    lr: dict[int, float]
+    lr: dict[
+        int, float
+    ]  # the middle of its sweep, by size; empty: nothing is tuned, the images are all that it is told
     tune: str = ""  # of the model `adapted`
-    after: str = ""  # the FewArm from whose run it goes on, specialists from its small models
+    after: str = ""  # the FewArm from whose run it goes on: specialists from its small models, or taught by it
+    of_source: bool = False  # of the source's size, not of the small ones
 
 
 FEW_IMAGES = {
+    "projected_support": FewArm("projected, told by its images", "adapted", "told_SupportSet", {}, "vector"),
     "projected_vector": FewArm("projected, task vector tuned", "adapted", "projected", {8: 5e-2}, "vector"),
     "projected_maps": FewArm("projected, maps tuned", "adapted", "projected", {8: 5e-2}, "maps"),
     "projected_model": FewArm(
         "projected, then small model tuned", "specialists", "projected", {8: 2e-3}, after="projected_vector"
     ),
+    "universal_support": FewArm("universal, told by its images", "told", "universal_support", {}),
     "universal_vector": FewArm("universal, task embedding tuned", "adapted", "universal", {8: 1e-1}, "vector"),
     "universal_maps": FewArm("universal, all of it tuned", "adapted", "universal", {8: 5e-3}, "maps"),
     "universal_model": FewArm(
         "universal, then one model a task tuned", "specialists", "universal", {8: 2e-3}, after="universal_vector"
     ),
     "scratch": FewArm("specialists from scratch", "specialists", "", {8: 2e-2, 16: 1e-2, 32: 5e-3}),
+    "source_vector": FewArm(
+        "the source itself, task embedding tuned", "adapted", "source_control", {8: 5e-2}, "vector", of_source=True
+    ),
+    "distilled": FewArm(
+        "specialists from scratch, distilled from the source",
+        "distilled_specialists",
+        "",
+        {8: 2e-2, 16: 1e-2, 32: 5e-3},
+        after="source_vector",
+    ),
     "random_vector": FewArm("random source, task vector tuned", "adapted", "bank_trained", {8: 5e-2}, "vector"),
     "random_maps": FewArm("random source, maps tuned", "adapted", "bank_trained", {8: 5e-2}, "maps"),
     "random_model": FewArm(
@@ -403,15 +420,22 @@ class Scarce:
             return None
         if name == "universal":
             name = self.study.best_universal(size)
-            return self.study.config(name, {size: self.study.rates(name)[size]}, seed)
-        return self.study.config(name, self.study.rates(name), seed)
+        rates = self.study.rates(name)
+        one = self.study.arms[name].model != "projectable"
+        return self.study.config(name, {size: rates[size]} if one else rates, seed)
+
+    def sizes(self, name: str) -> tuple[int, ...]:
+        """The sizes of an arm's models."""
+        return (self.study.profile.d_source,) if FEW_IMAGES[name].of_source else self.study.sizes
 
     def config(self, name: str, size: int, lr: float, seed: int) -> RunConfig:
         """The run of an arm, a size, a learning rate and a seed."""
         arm, p = FEW_IMAGES[name], self.study.profile
         start = self._base(arm.base, size, seed)
         if arm.after:
-            start = self.config(arm.after, size, self.rate(arm.after, size), seed)
+            before = size if size in self.sizes(arm.after) else p.d_source
+            start = self.config(arm.after, before, self.rate(arm.after, before), seed)
+        steps = self.steps if arm.lr else 1  # one at a rate of zero
         return RunConfig(
             arm.model,
             replace(self.study.data, tasks=f"{self.tasks}-few{self.n}-s{seed}"),
@@ -419,12 +443,12 @@ class Scarce:
             p.n_layers,
             (size,),
             (lr,),
-            self.steps,
+            steps,
             seed,
             tasks_per_step=p.tasks_per_step,
             images_per_task=p.images_per_task,
             warmup=10,
-            eval_every=max(1, self.steps // 20),
+            eval_every=max(1, steps // 20),
             val_images=0,
             patience=5,
             options=(("tune", arm.tune),) if arm.tune else (),
@@ -435,7 +459,7 @@ class Scarce:
         """Every trial of these arms: arm, n, d_s, lr, val_loss, best, at_edge. Trains what is missing."""
         p = self.study.profile
         first = [k - (p.trials - 1) // 2 for k in range(p.trials)]
-        powers = {(name, size): first for name in names for size in self.study.sizes}
+        powers = {(name, s): first if FEW_IMAGES[name].lr else [0] for name in names for s in self.sizes(name)}
         while True:
             where = [(name, size, k) for (name, size), ks in powers.items() for k in sorted(ks)]
             rates = {trial: self._rate_at(*trial) for trial in where}
@@ -445,7 +469,8 @@ class Scarce:
             rows, again = [], False
             for (name, s), ks in powers.items():
                 losses = {k: runs[name, s, k].result["val"][f"d{s}"] for k in sorted(ks)}
-                best, edge, further = _found(losses, p.max_trials)
+                best, edge, further = _found(losses, p.max_trials if FEW_IMAGES[name].lr else 1)
+                edge &= len(losses) > 1
                 powers[name, s] = ks + further
                 again |= bool(further)
                 for k, loss in losses.items():
@@ -456,6 +481,8 @@ class Scarce:
 
     def _rate_at(self, name: str, size: int, power: int) -> float:
         lr = FEW_IMAGES[name].lr
+        if not lr:
+            return 0.0
         return float(f"{lr[max(s for s in lr if s <= size)] * 3.0**power:.2g}")
 
     def rate(self, name: str, size: int) -> float:
@@ -468,7 +495,7 @@ class Scarce:
     def seeds(self, *names: str, max_seeds: int = 3) -> dict[str, list[Run]]:
         """The runs of these arms and all sizes over seeds, tested."""
         where = [
-            (name, seed, s) for name in names for seed in self.study.profile.seeds[:max_seeds] for s in self.study.sizes
+            (name, seed, s) for name in names for seed in self.study.profile.seeds[:max_seeds] for s in self.sizes(name)
         ]
         configs = [self.config(name, s, self.rate(name, s), seed) for name, seed, s in where]
         runs = run_many(configs, f"{self.n} images of a new task, seeds of {_words(names)}", test=True)

@@ -200,13 +200,15 @@ def get_profile(name: str) -> Profile:
 AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
 ONE_SIZE = (
     "universal",
+    "support_universal",
+    "told",
     "distilled",
     "specialists",
     "distilled_specialists",
     "hard_mixture",
     "masked_universal",
 )
-NEED_START = ("distilled", "distilled_specialists", "projectable", "masked_projectable")
+NEED_START = ("told", "distilled", "distilled_specialists", "projectable", "masked_projectable")
 
 
 class ConfigError(ValueError):

@@ -194,6 +194,13 @@ def steps_worth(steps, losses, loss: float) -> float:
     return float(np.exp(np.interp(-loss, -y[gains], x[gains])))
 
 
+def seconds_to(run: Run, member: str, loss: float) -> float:
+    """Seconds of a run's training up to the first evaluation with a validation loss of at most `loss`; inf if none."""
+    rows = [r for r in run.history if (r["split"], r["member"]) == ("val", member)]
+    reached = [r["step"] for r in rows if r["loss"] <= loss]
+    return run.result["seconds"] * min(reached, default=math.inf) / rows[-1]["step"]
+
+
 def deviation_ratio(a, b, level: float = 0.95) -> tuple[float, float, float]:
     """Standard deviation of a over that of b, and its interval by the F distribution."""
     from scipy import stats

@@ -37,6 +37,7 @@ from .baselines import (
     HardMixture,
     Model,
     Specialists,
+    SupportUniversal,
     Universal,
     for_new_tasks,
     group_tasks,
@@ -163,6 +164,14 @@ def _universal(config: RunConfig, data: TaskData, start: None, **options) -> Mod
     return Universal(config.shape(data.codebook.length, *config.sizes), data.n_tasks, **options)
 
 
+def _support_universal(config: RunConfig, data: TaskData, start: Model | None) -> Model:
+    return SupportUniversal(config.shape(data.codebook.length, *config.sizes), data.first("train", 16))
+
+
+def _told(config: RunConfig, data: TaskData, start: SupportUniversal) -> Model:
+    return start.told_of(data.first("train", 16))
+
+
 def _distilled(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
     return Distilled(config.shape(data.codebook.length, *config.sizes), data.n_tasks, teacher=start, **options)
 
@@ -243,6 +252,8 @@ TELL: dict[str, Callable[[TaskData], Any]] = {  # what a conditioning may need t
 MODELS: dict[str, Callable[..., Model]] = {
     "source": _source,
     "universal": _universal,
+    "support_universal": _support_universal,
+    "told": _told,  # a support_universal for tasks that it has not seen
     "distilled": _distilled,
     "specialists": _specialists,
     "distilled_specialists": _distilled_specialists,

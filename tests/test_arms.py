@@ -10,7 +10,7 @@ from conftest import DIGITS, randomise, tiny, tiny_projectable, tiny_source
 
 from projectable import arms, experiment
 from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, UNIVERSALS, Scarce, Study
-from projectable.baselines import Universal, for_new_tasks
+from projectable.baselines import SupportUniversal, Universal, for_new_tasks
 from projectable.config import get_profile
 from projectable.projection import Adapted
 from projectable.transformer import Shape
@@ -207,6 +207,28 @@ def test_maps_for_new_tasks_are_tuned_where_asked(base, digits):
         Adapted(base, 2, (8,), support, "model")
 
 
+def test_a_universal_model_is_told_of_new_tasks_by_their_images(shape, digits):
+    torch.manual_seed(0)
+    support = digits.first("train", 16)
+    known, ids = SupportUniversal(shape, support), torch.arange(3)
+    same = known.weights("d16", ids)["positions"]
+    assert torch.equal(same[0], same[1]), "before training it makes no use of them"
+    optimizer = torch.optim.Adam(known.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        known.losses(torch.arange(10), support[:, :4])["d16"].sum().backward()
+        optimizer.step()
+    assert not torch.equal(known.outward, torch.zeros_like(known.outward)) and known.rate_factor("outward") == 1.0
+    assert all(p.grad.abs().max() > 0 for p in known.encoder.parameters()), "after two steps images decide"
+    known.eval()
+    new = known.told_of(support[[7, 2]]).eval()
+    for name, w in new.weights("d16", torch.arange(2)).items():
+        whole = known.weights("d16", torch.tensor([7, 2]))[name]
+        torch.testing.assert_close(w, whole)
+    few = known.told_of(support[[7, 2], :3]).eval().weights("d16", torch.arange(2))["positions"]
+    assert (few != new.weights("d16", torch.arange(2))["positions"]).any(), "three images say something else than 16"
+
+
 def test_new_tasks_need_a_start(digits):
     with pytest.raises(ValueError, match="'adapted' needs a start; allowed: the config of a projectable or universal"):
         experiment.build(
@@ -215,7 +237,7 @@ def test_new_tasks_need_a_start(digits):
 
 
 def test_a_few_images_of_new_tasks_choose_their_own_rate(study):
-    study.loss = lambda config, member: bowl(config.lr[0], 0.54)
+    study.loss = lambda config, member: bowl((*config.lr, config.source_lr)[0] or 1.0, 0.54)
     scarce = Scarce(study, "heldout20", 5, 20)
     trials = scarce.sweep("scratch")
     eight = trials[trials.d_s == 8]
@@ -224,6 +246,12 @@ def test_a_few_images_of_new_tasks_choose_their_own_rate(study):
     config = scarce.config("scratch", 8, 0.06, seed=1)
     assert config.data.tasks == "heldout20-few5-s1" and config.seed == 1 and config.start is None
     assert DIGITS.dataset == config.data.dataset
+    told = scarce.sweep("projected_support", "universal_support")
+    assert (told.lr == 0).all() and told.best.all() and not told.at_edge.any(), "nothing is tuned: nothing to sweep"
+    told_run = scarce.config("universal_support", 8, 0.0, seed=1)
+    assert (told_run.model, told_run.steps, told_run.start.sizes) == ("told", 1, (8,))
+    taught = scarce.config("distilled", 8, 0.06, seed=1)
+    assert taught.start.sizes == (PROFILE.d_source,) and taught.start.start.model == "source", "its teacher is tuned"
     study.loss = lambda config, member: -config.lr[0]
     trials = Scarce(study, "heldout20", 5, 20).sweep("scratch")
     by_size = trials.groupby("d_s")

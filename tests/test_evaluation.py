@@ -1,6 +1,7 @@
 """What decides verdicts, against numbers worked out by hand."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -88,6 +89,14 @@ def test_the_steps_that_a_projection_is_worth():
     assert evaluation.steps_worth(steps, losses, 1.3) == math.inf
     # more steps that end worse (another seed's sweep) do not count against the shorter run
     assert evaluation.steps_worth(steps, [2.0, 1.5, 1.6], 1.5) == pytest.approx(1000)
+
+
+def test_the_seconds_to_a_loss():
+    val = [(10, 2.0), (20, 1.5), (30, 1.4)]
+    rows = [dict(step=step, member="d8", split="val", loss=loss) for step, loss in val]
+    rows += [dict(step=step, member="d8", split="train", loss=0.0) for step, _ in val]
+    run = SimpleNamespace(history=rows, result=dict(seconds=6.0))
+    assert [evaluation.seconds_to(run, "d8", loss) for loss in (1.5, 1.45, 1.3)] == [4.0, 6.0, math.inf]
 
 
 def test_the_ratio_of_deviations_by_the_f_distribution():

@@ -135,9 +135,18 @@ def test_every_model_can_be_built_trained_and_loaded(universal, source):
         tiny(model="specialists", start=tiny(), steps=2),
         tiny_projectable(steps=2, options={"family": "LowRank", "z_dim": 2, "layout": "per_matrix", "rank": 2}),
         tiny_source(start=tiny_source(), steps=2),
+        tiny(model="told", lr=(0.0,), start=tiny(model="support_universal", steps=2), steps=1),
     ):
         losses = run(config).test_losses()
         assert all(torch.isfinite(x).all() for x in losses.values()), config.model
+
+
+def test_a_run_at_a_rate_of_zero_leaves_its_start_as_it_was(universal):
+    start = tiny(model="support_universal", steps=2)
+    told = run(tiny(model="told", lr=(0.0,), start=start, steps=1))
+    assert told.result["val"] == pytest.approx(
+        {"d8": split_losses(run(start).model(), data_for(start.data), "val", 10)["d8"].mean().item()}
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what decides a run

@@ -101,6 +101,8 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
     ).split()
     expected |= {f"{id}.d{s}" for id in by_size for s in SMOKE.sizes} | {"cost.break_even", f"source.width.d{small}"}
     expected |= {f"{id}.d{s}" for id in of_two_sizes for s in (small, large)}
+    transfer = ("transfer", "transfer.support", "transfer.source", "scarce", "scarce.source")
+    expected |= {f"{id}.{world}.n5.d{small}" for id in transfer for world in ("glyphs", "classes")}
     assert expected <= set(claims)
     losses = pd.read_csv(reports / "results" / "test_losses.csv")
     mean = losses.groupby(["arm", "d_s", "seed"]).loss.mean()
@@ -129,6 +131,9 @@ def test_claims_of_further_notebooks_follow_from_their_tables(reports):
         assert claims[f"conditioning.support.d{s}"]["value"] == pytest.approx(
             support.loc[s, "1 images"] - support.loc[s, "16 images"], abs=1e-4
         )
+    same = pd.read_csv(reports / "results" / "same_loss.csv")
+    assert set(same.d_s) == set(SMOKE.sizes) and (same.groupby("d_s").size() == 3).all()
+    assert ((same.as_good > 0) | (same.seconds == math.inf)).all() and (same.whole_run > 0).all()
     families = pd.read_csv(reports / "results" / "families.csv")
     assert set(families.family) == {"Linear", "Slice", "LowRank", "LowRankMLP", "Kronecker", "Orthonormal", "Mixture"}
     lean, full = (families[families.family == name].maps.sum() for name in ("LowRank", "Linear"))
