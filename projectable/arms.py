@@ -448,9 +448,9 @@ class Scarce:
             tasks_per_step=p.tasks_per_step,
             images_per_task=p.images_per_task,
             warmup=10,
-            eval_every=max(1, steps // 20),
+            eval_every=max(1, steps // 10),
             val_images=0,
-            patience=5,
+            patience=3,
             options=(("tune", arm.tune),) if arm.tune else (),
             start=start,
         )
