@@ -318,19 +318,26 @@ def claim_groups(claims: list[dict]) -> list[tuple[str, list[dict]]]:
 
 
 def claim_families(claims: list[dict]) -> list[tuple[str, str, list[tuple[str, dict]]]]:
-    """Claims that differ in a width only, together: words, statistic, and (“width 8”, claim) of each."""
+    """Claims that differ in width and number of images only, together: words, statistic, (“width 8”, claim) of each."""
+    ending = re.compile(r"(?:\.n(\d+))?(?:\.(?:d(\d+)|(\d+_\d+)))?$")  # of an id: .n5.d8, .8_16
     families: dict[tuple[str, str], list[dict]] = {}
     for claim in claims:  # of one question and one statistic
-        key = re.sub(r"\.(d\d+|\d+_\d+)$", "", claim["id"]), re.sub(r" at \d+", "", claim["statistic"])
+        key = ending.sub("", claim["id"]), re.sub(r" at \d+", "", claim["statistic"])
         families.setdefault(key, []).append(claim)
     result = []
     for (_, statistic), members in families.items():
-        words, names = members[0]["claim"], [""]
+        words, names = members[0]["claim"], [""] * len(members)
         if len(members) == 1:
             statistic = members[0]["statistic"]
-        else:
-            names = [f"width {re.sub(r'.*[.d]', '', claim['id']).replace('_', ' against ')}" for claim in members]
+        images, *widths = zip(*(ending.search(claim["id"]).groups() for claim in members), strict=True)
+        if len(set(images)) > 1:
+            names = [f"{n} images, " for n in images]
+            words = re.sub(r"^With \d+ images", "With few images", words)
+        if len(set(zip(*widths, strict=True))) > 1:
+            sizes = [one or two.replace("_", " against ") for one, two in zip(*widths, strict=True)]
+            names = [f"{name}width {size}" for name, size in zip(names, sizes, strict=True)]
             words = re.sub(r"(,? (of|at) )?width \d+( than at width \d+)?(?= |$|,)", "", words)
+        names = [name.removesuffix(", ") for name in names]
         result.append((words, statistic, list(zip(names, members, strict=True))))
     return result
 

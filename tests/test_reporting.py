@@ -214,6 +214,19 @@ def test_claims_with_different_rivals_stay_apart():
     assert other == ("At width 32 b wins", "c − b", [("", claims[2])])
 
 
+def test_claims_that_differ_in_the_number_of_images_stand_together():
+    def claim(n, s):
+        return dict(id=f"transfer.n{n}.d{s}", claim=f"With {n} images of x, at width {s}, y wins", statistic="a − b")
+
+    ((words, _, found),) = pages.claim_families([claim(n, s) for n in (5, 25) for s in (8, 32)])
+    assert words == "With few images of x, y wins"
+    assert [name for name, _ in found] == [f"{n} images, width {s}" for n in (5, 25) for s in (8, 32)]
+    ((words, _, found),) = pages.claim_families([claim(5, 8), claim(25, 8)])
+    assert words == "With few images of x, at width 8, y wins" and [n for n, _ in found] == ["5 images", "25 images"]
+    ((words, _, found),) = pages.claim_families([claim(5, 8), claim(5, 32)])
+    assert words == "With 5 images of x, y wins" and [n for n, _ in found] == ["width 8", "width 32"]
+
+
 def test_tables_are_in_words(tmp_path):
     table = pd.DataFrame(dict(arm=["static_token", "mine"], d_s=[8, 16], val_loss=[1.5, 1.25], at_edge=[True, False]))
     html = reporting._styled(table, None).to_html()
