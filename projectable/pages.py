@@ -329,7 +329,7 @@ def claim_families(claims: list[dict]) -> list[tuple[str, str, list[tuple[str, d
         words, names = members[0]["claim"], [""] * len(members)
         if len(members) == 1:
             statistic = members[0]["statistic"]
-        images, *widths = zip(*(ending.search(claim["id"]).groups() for claim in members), strict=True)
+        images, *widths = zip(*(ending.findall(claim["id"])[0] for claim in members), strict=True)
         if len(set(images)) > 1:
             names = [f"{n} images, " for n in images]
             words = re.sub(r"^With \d+ images", "With few images", words)
