@@ -9,6 +9,7 @@ together, with the rates in the middle of their own sweep.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
@@ -293,13 +294,17 @@ class Study:
 
     def sweep(self, *names: str) -> pd.DataFrame:
         """Every trial of these arms: arm, d_s, lr, val_loss, best, at_edge, seconds. Trains what is missing."""
+        return sweep_together([self], *names)[0]
+
+    def _sweeping(self, names: tuple[str, ...]) -> Generator[list[RunConfig], list[Run], pd.DataFrame]:
+        """The same, asking for the runs of its trials, as often as a best one is at an edge."""
         n_trials = self.profile.trials
         first = [k - (n_trials - 1) // 2 for k in range(n_trials)]
         powers = {name: {s: list(first) for s in self._sizes(name)} for name in names}
         while True:
             trials = {name: self._trials(name, powers[name]) for name in names}
-            unique = list({c.key(): c for t in trials.values() for c in t.values()}.values())
-            runs = dict(zip([c.key() for c in unique], run_many(unique, f"sweep of {_words(names)}"), strict=True))
+            unique = {c.key(): c for t in trials.values() for c in t.values()}
+            runs = dict(zip(unique, (yield list(unique.values())), strict=True))
             rows, again = [], False
             for name in names:
                 whole = self.arms[name].model == "source"
@@ -355,6 +360,28 @@ class Study:
         for (name, _), run in zip(configs, runs, strict=True):
             result[name].append(run)
         return result
+
+
+def sweep_together(studies: list[Study], *names: str) -> list[pd.DataFrame]:
+    """What `sweep` gives of each study; trained side by side, so that no core waits for the last trial of one."""
+    sweeps = [study._sweeping(names) for study in studies]
+    asked, tables = {i: next(sweep) for i, sweep in enumerate(sweeps)}, {}
+    while asked:
+        unique = {c.key(): c for configs in asked.values() for c in configs}
+        runs = dict(zip(unique, run_many(list(unique.values()), f"sweep of {_words(names)}"), strict=True))
+        for i, configs in list(asked.items()):
+            try:
+                asked[i] = sweeps[i].send([runs[c.key()] for c in configs])
+            except StopIteration as end:
+                tables[i] = end.value
+                del asked[i]
+    return [tables[i] for i in range(len(studies))]
+
+
+def sweep_sources(*studies: Study) -> None:
+    """The sweeps that all others of these studies wait for, few trials each: the source alone, then its control."""
+    for name in ("source", "source_control"):
+        sweep_together(list(studies), name)
 
 
 @dataclass(frozen=True)

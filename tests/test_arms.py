@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from conftest import DIGITS, randomise, tiny, tiny_projectable, tiny_source
@@ -49,6 +50,20 @@ def test_a_sweep_goes_on_until_the_best_is_inside(study):
     assert eight.lr.tolist() == [0.04, 0.08, 0.16, 0.32, 0.64]
     assert eight.lr[eight.best].tolist() == [0.32] and not eight.at_edge.any()
     assert study.rates("universal_film")[8] == 0.32
+
+
+def test_sweeps_of_several_studies_share_their_rounds(study, monkeypatch):
+    study.loss = lambda config, member: bowl(config.lr[0], {2: 0.08, 3: 0.32}[config.n_layers])
+    deeper, rounds, run_many = Study(replace(PROFILE, n_layers=3)), [], arms.run_many
+    monkeypatch.setattr(
+        arms, "run_many", lambda configs, words: rounds.append(len(configs)) or run_many(configs, words)
+    )
+    tables = arms.sweep_together([study, deeper], "universal_film")
+    first = 3 * len(PROFILE.sizes)
+    assert rounds[0] == 2 * first and len(rounds) > 1 and max(rounds[1:]) < 2 * first + 2 * len(PROFILE.sizes)
+    for table, alone in zip(tables, (study, deeper), strict=True):
+        pd.testing.assert_frame_equal(table, alone.sweep("universal_film"))
+    assert (tables[0].groupby("d_s").size() < tables[1].groupby("d_s").size())[8], "one goes on alone"
 
 
 def test_a_best_that_stays_at_the_edge_is_marked(study):
