@@ -400,18 +400,18 @@ class FewArm:
 
 
 FEW_IMAGES = {
-    "projected_support": FewArm("projected, told by its images", "adapted", "told_SupportSet", {}, "vector"),
     "projected_vector": FewArm("projected, task vector tuned", "adapted", "projected", {8: 5e-2}, "vector"),
     "projected_maps": FewArm("projected, maps tuned", "adapted", "projected", {8: 5e-2}, "maps"),
     "projected_model": FewArm(
         "projected, then small model tuned", "specialists", "projected", {8: 2e-3}, after="projected_vector"
     ),
-    "universal_support": FewArm("universal, told by its images", "told", "universal_support", {}),
+    "projected_support": FewArm("projected, told by its images", "adapted", "told_SupportSet", {}, "vector"),
     "universal_vector": FewArm("universal, task embedding tuned", "adapted", "universal", {8: 1e-1}, "vector"),
     "universal_maps": FewArm("universal, all of it tuned", "adapted", "universal", {8: 5e-3}, "maps"),
     "universal_model": FewArm(
         "universal, then one model a task tuned", "specialists", "universal", {8: 2e-3}, after="universal_vector"
     ),
+    "universal_support": FewArm("universal, told by its images", "told", "universal_support", {}),
     "scratch": FewArm("specialists from scratch", "specialists", "", {8: 2e-2, 16: 1e-2, 32: 5e-3}),
     "source_vector": FewArm(
         "the source itself, task embedding tuned", "adapted", "source_control", {8: 5e-2}, "vector", of_source=True

@@ -127,12 +127,14 @@ def _legend(ax, entries: int) -> None:
 
 
 def _legend_below(fig: Figure, axes) -> None:
-    """A legend for all panels, below them (inside where there is one panel only)."""
+    """A legend for all panels, below them (inside where there is one panel only); the figure grows with its rows."""
     entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if len(axes) == 1:
         _legend(axes[0], len(entries))
     elif entries:
         columns = 3 if max(map(len, entries)) < 30 else 2
+        width, height = fig.get_size_inches()
+        fig.set_size_inches(width, height + 0.25 * max(0, -(-len(entries) // columns) - 2))
         fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), columns))
 
 
