@@ -60,7 +60,7 @@ class Maps:
 
 
 # The default: nearly orthonormal maps (two Newton–Schulz steps), but for the neurons', of its own for each matrix. The
-# best on validation images: families and layout in notebook 10; together, and cheaper, in 17 runs of the first seed.
+# best on validation images: families and layout in an earlier run of notebook 10; together, and cheaper, in 17 runs.
 MAPS = Maps(
     dict(family="Orthonormal", steps=2, layout="per_matrix", neurons="Linear", z_dim=8),
     dict(inner="Static", neurons="Static"),
@@ -391,9 +391,8 @@ class FewArm:
     words: str
     model: str
     base: str  # the arm that was trained on other tasks, or `universal`: the best one of the size; empty: none
-    lr: dict[
-        int, float
-    ]  # the middle of its sweep, by size; empty: nothing is tuned, the images are all that it is told
+    # the middle of its sweep, by size; empty: nothing is tuned, the images are all that it is told
+    lr: dict[int, float]
     tune: str = ""  # of the model `adapted`
     after: str = ""  # the FewArm from whose run it goes on: specialists from its small models, or taught by it
     of_source: bool = False  # of the source's size, not of the small ones

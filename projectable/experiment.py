@@ -168,7 +168,9 @@ def _support_universal(config: RunConfig, data: TaskData, start: Model | None) -
     return SupportUniversal(config.shape(data.codebook.length, *config.sizes), data.first("train", 16))
 
 
-def _told(config: RunConfig, data: TaskData, start: SupportUniversal) -> Model:
+def _told(config: RunConfig, data: TaskData, start: Model) -> Model:
+    if not isinstance(start, SupportUniversal):
+        raise ValueError("the model 'told' needs a start; allowed: the config of a support_universal")
     return start.told_of(data.first("train", 16))
 
 

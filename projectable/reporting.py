@@ -151,7 +151,7 @@ class Report:
     def claims_table(self, *starts: str):
         """The notebook's claims, or those whose ids start so, styled: the cell's last line shows them.
 
-        What claims that differ in a width only have in common stands in the first one's row.
+        What claims that differ in width or number of images only have in common stands in the first one's row.
         """
         import pandas as pd
 

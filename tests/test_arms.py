@@ -251,6 +251,11 @@ def test_new_tasks_need_a_start(digits):
         )
 
 
+def test_what_images_tell_needs_a_model_that_listens(digits):
+    with pytest.raises(ValueError, match="'told' needs a start; allowed: the config of a support_universal"):
+        experiment.build(tiny(model="told", start=tiny(), lr=(0.0,), steps=1), digits)
+
+
 def test_a_few_images_of_new_tasks_choose_their_own_rate(study):
     study.loss = lambda config, member: bowl((*config.lr, config.source_lr)[0] or 1.0, 0.54)
     scarce = Scarce(study, "heldout20", 5, 20)
