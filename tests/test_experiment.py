@@ -119,9 +119,7 @@ def test_an_error_of_a_run_leaves_nothing_that_looks_finished(other_runs):
 
 
 def test_unknown_model(digits):
-    with pytest.raises(
-        ValueError, match="unknown model 'oracle'; allowed: source, universal, support_universal, told, distilled"
-    ):
+    with pytest.raises(ValueError, match="unknown model 'oracle'; allowed: source, universal, support_universal, told"):
         build(tiny(model="oracle"), digits)
 
 
