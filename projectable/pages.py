@@ -343,7 +343,7 @@ def claim_families(claims: list[dict]) -> list[tuple[str, str, list[tuple[str, d
 
 
 def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures: Path, speed: list[dict]) -> str:
-    """The index: headline figure, a row for claims that differ in width or images only, a notebook, a benchmark (`speed`)."""
+    """The index: headline figure, a row for claims alike but for width or images, a notebook, a benchmark (`speed`)."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
