@@ -395,7 +395,6 @@ class FewArm:
     lr: dict[int, float]
     tune: str = ""  # of the model `adapted`
     after: str = ""  # the FewArm from whose run it goes on: specialists from its small models, or taught by it
-    of_source: bool = False  # of the source's size, not of the small ones
 
 
 FEW_IMAGES = {
@@ -413,7 +412,7 @@ FEW_IMAGES = {
     "universal_support": FewArm("universal, told by its images", "told", "universal_support", {}),
     "scratch": FewArm("specialists from scratch", "specialists", "", {8: 2e-2, 16: 1e-2, 32: 5e-3}),
     "source_vector": FewArm(
-        "the source itself, task embedding tuned", "adapted", "source_control", {8: 5e-2}, "vector", of_source=True
+        "the source itself, task embedding tuned", "adapted", "source_control", {8: 5e-2}, "vector"
     ),
     "distilled": FewArm(
         "specialists from scratch, distilled from the source",
@@ -452,7 +451,8 @@ class Scarce:
 
     def sizes(self, name: str) -> tuple[int, ...]:
         """The sizes of an arm's models."""
-        return (self.study.profile.d_source,) if FEW_IMAGES[name].of_source else self.study.sizes
+        base = self.study.arms.get(FEW_IMAGES[name].base)
+        return (self.study.profile.d_source,) if base and base.model == "source" else self.study.sizes
 
     def config(self, name: str, size: int, lr: float, seed: int) -> RunConfig:
         """The run of an arm, a size, a learning rate and a seed."""
