@@ -488,14 +488,16 @@ def _threads() -> int:
 
 
 def workers() -> int:
-    """How many runs go side by side: as PROJECTABLE_WORKERS says, else one a core, one thread each; one on a GPU.
+    """How many runs go side by side: as PROJECTABLE_WORKERS says, else one a core, one thread each.
 
-    Raises ValueError where that is no whole number of 1 or more.
+    On a GPU, too, which small models leave idle, but no more than one for each 2 GiB that are free on it. Raises
+    ValueError where PROJECTABLE_WORKERS is no whole number of 1 or more.
     """
     said = os.environ.get("PROJECTABLE_WORKERS", "")
     if said and not (said.isdecimal() and int(said) > 0):
         raise ValueError(f"PROJECTABLE_WORKERS={said!r}; allowed: a whole number of 1 or more")
-    return int(said) if said else 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)))
+    most = torch.cuda.mem_get_info()[0] >> 31 if torch.cuda.is_available() else sys.maxsize
+    return int(said) if said else max(1, min(len(os.sched_getaffinity(0)), most))
 
 
 def _own_operations(config: RunConfig) -> float:
