@@ -493,3 +493,12 @@ def test_a_number_of_workers_that_is_none(monkeypatch):
         monkeypatch.setenv("PROJECTABLE_WORKERS", wrong)
         with pytest.raises(ValueError, match=f"PROJECTABLE_WORKERS='{wrong}'; allowed: a whole number of 1 or more"):
             experiment.workers()
+
+
+def test_as_many_workers_as_the_memory_of_a_gpu_holds(monkeypatch):
+    monkeypatch.delenv("PROJECTABLE_WORKERS", raising=False)
+    monkeypatch.setattr(experiment.os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, found in ((1, 1), (7, 3), (80, 16)):  # GiB
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * 2**30, 80 * 2**30))
+        assert experiment.workers() == found
