@@ -22,9 +22,14 @@ FACTOR = 2.0  # between the learning rates of a sweep
 UNIVERSALS = ("universal_token", "universal_additive", "universal_film", "universal_adaln")
 
 
+def at_size(lr: dict[int, float], size: int) -> float:
+    """The rate of that size; the next smaller one's where it is not listed."""
+    return lr[max([s for s in lr if s <= size], default=min(lr))]
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One contender. `lr`: the middle of its sweep, by size (the next smaller one's where a size is not listed)."""
+    """One contender. `lr`: the middle of its sweep, `at_size`."""
 
     words: str  # as a legend shows it
     model: str
@@ -37,10 +42,6 @@ class Arm:
     max_seeds: int | None = None  # fewer seeds for arms that train long or came later; claims say how many
     only: int | None = None  # of the profile's sizes the one in that place, where the arm is about that one
     one_start: bool = False  # all seeds start from the first seed's run
-
-    def middle(self, size: int) -> float:
-        """Where the sweep of that size is centred."""
-        return self.lr[max([s for s in self.lr if s <= size], default=min(self.lr))]
 
 
 _UNIVERSAL = {8: 8e-2, 16: 4e-2, 32: 2e-2}
@@ -56,7 +57,7 @@ class Maps:
 
     options: dict
     static: dict
-    lr: float
+    lr: dict[int, float]
 
 
 # The default: nearly orthonormal maps (two Newton–Schulz steps), but for the neurons', of its own for each matrix. The
@@ -64,14 +65,16 @@ class Maps:
 MAPS = Maps(
     dict(family="Orthonormal", steps=2, layout="per_matrix", neurons="Linear", z_dim=8),
     dict(inner="Static", neurons="Static"),
-    1e-2,
+    {8: 1e-2},
 )
-LINEAR = Maps(dict(family="Linear", z_dim=8), dict(family="Static"), 6.8e-3)  # the plain reading of the paper; cheaper
+LINEAR = Maps(  # the plain reading of the paper; cheaper
+    dict(family="Linear", z_dim=8), dict(family="Static"), {8: 9.6e-3, 16: 4.8e-3, 32: 2.4e-3}
+)
 
 
-def _projected(words: str, max_seeds=None, only=None, **options) -> Arm:
-    """An arm of the study's maps; where `options` name a family, of that one and centred on `LINEAR.lr`."""
-    lr = {8: LINEAR.lr} if "family" in options else {}
+def _projected(words: str, max_seeds=None, only=None, lr=None, **options) -> Arm:
+    """An arm of the study's maps; where `options` name a family, of that one and centred on `lr`, or `LINEAR.lr`."""
+    lr = lr or (LINEAR.lr if "family" in options else {})
     return Arm(words, "projectable", lr, "joint", "source", dict(source_weight=LAMBDA) | options, max_seeds, only)
 
 
@@ -117,7 +120,7 @@ DIRECT = {
 DIRECT["specialists_matched"] = Arm(
     "specialists from scratch, the projections' compute",
     "specialists",
-    {8: 4e-2, 16: 1.4e-2, 32: 5e-3},
+    {8: 2e-2, 16: 1.4e-2, 32: 5e-3},
     "matched",
     max_seeds=3,
 )
@@ -140,19 +143,25 @@ _OTHER_FAMILIES: dict[str, dict] = {
     for name in generators.FAMILIES
     if name not in ("Linear", "Static")
 }
-FAMILIES = {f"family_{name}": _projected(f"{name} maps", **options) for name, options in _OTHER_FAMILIES.items()}
-BANKS = {
-    f"bank_{name}": _projected(
-        f"{name} maps, random source, trained", max_seeds=3, source_mode="random_trained", **options
-    )
+_ORTHONORMAL = {"Orthonormal": {8: 2.7e-2, 32: 1.9e-2}}  # whose maps want more than the others'
+FAMILIES = {
+    f"family_{name}": _projected(f"{name} maps", lr=_ORTHONORMAL.get(name), **options)
     for name, options in _OTHER_FAMILIES.items()
+}
+BANKS = {
+    f"bank_{name}": replace(
+        FAMILIES[f"family_{name}"],
+        words=f"{name} maps, random source, trained",
+        options=FAMILIES[f"family_{name}"].options | dict(source_mode="random_trained"),
+        max_seeds=3,
+    )
+    for name in _OTHER_FAMILIES
 }
 _LINEAR: dict = dict(max_seeds=3, family="Linear")
 FACTORS = {
     "layout_per_matrix": _projected("maps of its own for each matrix", z_dim=8, layout="per_matrix", **_LINEAR),
     "p0_random": _projected("start: random orthonormal", z_dim=8, p0="random", **_LINEAR),
     "lambda_1": _projected("λ = 1", z_dim=8, source_weight=1.0, **_LINEAR),
-    "z_2": _projected("task vectors of 2 dimensions", z_dim=2, **_LINEAR),
     "z_16": _projected("task vectors of 16 dimensions", z_dim=16, **_LINEAR),
 }
 ALONE = {f"alone_{i}": _projected(f"one size alone ({i})", max_seeds=3, only=i) for i in range(2)}
@@ -250,6 +259,7 @@ class Study:
             source_lr,
             p.tasks_per_step,
             p.images_per_task,
+            warmup=min(50, n_steps // 4),
             eval_every=p.eval_every,
             val_images=p.val_images,
             options=tuple(sorted(options.items())),
@@ -272,7 +282,7 @@ class Study:
 
     def middle(self, name: str, size: int) -> float:
         """Where the sweep of an arm and size is centred."""
-        return self.arms[name].middle(size) if self.arms[name].lr else self.maps.lr
+        return at_size(self.arms[name].lr or self.maps.lr, size)
 
     def _trials(self, name: str, powers: dict[int, list[int]]) -> dict[tuple[int, int], RunConfig]:
         """{(size, power): config}: rate = middle · FACTOR^power. Projections train all sizes in one run."""
@@ -509,7 +519,7 @@ class Scarce:
         lr = FEW_IMAGES[name].lr
         if not lr:
             return 0.0
-        return float(f"{lr[max(s for s in lr if s <= size)] * 3.0**power:.2g}")
+        return float(f"{at_size(lr, size) * 3.0**power:.2g}")
 
     def rate(self, name: str, size: int) -> float:
         """The best learning rate of an arm and size, from its sweep."""

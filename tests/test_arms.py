@@ -10,7 +10,7 @@ import torch
 from conftest import DIGITS, randomise, tiny, tiny_projectable, tiny_source
 
 from projectable import arms, experiment
-from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, UNIVERSALS, Scarce, Study
+from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, UNIVERSALS, Scarce, Study, at_size
 from projectable.baselines import SupportUniversal, Universal, for_new_tasks
 from projectable.config import get_profile
 from projectable.projection import Adapted
@@ -92,8 +92,8 @@ def test_the_sources_beginning_is_judged_by_its_projections(study):
     trials = study.sweep("source")
     assert trials.lr[trials.best].tolist() == [7e-3] and set(trials.arm) == {"source"}
     assert all(config.model == "projectable" for config in study.asked)
-    assert all(config.lr == (MAPS.lr,) * 3 for config in study.asked)
-    assert {config.source_lr for config in study.asked} == {ARMS["source_control"].middle(32)}
+    assert all(config.lr == tuple(at_size(MAPS.lr, s) for s in config.sizes) for config in study.asked)
+    assert {config.source_lr for config in study.asked} == {at_size(ARMS["source_control"].lr, 32)}
     assert study.rates("source_control") == {32: 2e-2}, "the control is judged by itself, as far as its sweep goes"
     config = study.config("projected", {s: 1e-3 for s in PROFILE.sizes}, seed=1)
     assert (config.start.source_lr, config.start.seed, config.source_lr) == (7e-3, 1, 2e-2)
@@ -140,9 +140,11 @@ def test_sweeps_of_projections_are_centred_on_the_rate_of_their_maps(study):
     study._rates |= {"source": {32: 1e-2}, "source_control": {32: 1e-2}}
     for study.maps in (MAPS, LINEAR):
         trials = study.sweep("projected", "family_Mixture")
-        rates = trials.groupby("arm").lr.unique()
-        assert rates["projected"].tolist() == pytest.approx([study.maps.lr * f for f in (0.5, 1, 2)], rel=0.05)
-        assert LINEAR.lr in rates["family_Mixture"]
+        rates = trials.groupby(["arm", "d_s"]).lr.unique()
+        for size in PROFILE.sizes:
+            centre = at_size(study.maps.lr, size)
+            assert set(rates["projected", size]) >= {float(f"{centre * f:.2g}") for f in (0.5, 1, 2)}
+            assert at_size(LINEAR.lr, size) in rates["family_Mixture", size]
 
 
 def test_controls_differ_from_the_projection_in_what_they_say(study):
