@@ -7,7 +7,6 @@ next call goes on from its checkpoint. A lock keeps two processes from training 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -50,6 +49,7 @@ from .storage import (
     DamagedFile,
     current_commit,
     device,
+    end_with_parent,
     fingerprint,
     load_tensors,
     locked,
@@ -442,8 +442,7 @@ def _start_worker(queue, threads: int) -> None:
     _progress = queue
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a worker does not outlive its parent
+    end_with_parent()
 
 
 def _work(config: RunConfig, folder: Path, test: bool, threads: int = 0) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 
 from projectable import pages
 from projectable.pages import ReportError, check_parameters, notebook_title, read_notebook
-from projectable.storage import current_commit, device, draft_of, root, write_atomically
+from projectable.storage import current_commit, device, draft_of, end_with_parent, root, write_atomically
 
 PROFILES = ("smoke", "laptop", "gpu")
 VERDICTS = ("reproduced", "not reproduced", "inconclusive")
@@ -501,6 +501,7 @@ def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[St
 
 def _beside_others() -> None:
     """In a process that shares machine and terminal: one core for each notebook, and no word of its progress."""
+    end_with_parent()
     os.environ["PROJECTABLE_WORKERS"] = "1"
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # of the kernels, too

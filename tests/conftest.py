@@ -17,6 +17,9 @@ from projectable.config import DataConfig, RunConfig
 from projectable.tasks import images, make_tasks
 from projectable.transformer import Shape
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup: what tests start would not hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 DIGITS = DataConfig("digits", "classes", vocab_size=32, patch=2, val_per_class=20)
 
 

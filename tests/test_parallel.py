@@ -170,6 +170,26 @@ def test_slurm_gets_what_the_user_says(other_runs, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- signals
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+def test_a_worker_does_not_outlive_a_killed_parent():
+    code = """
+import os, time
+from projectable.storage import end_with_parent
+if os.fork() == 0:
+    end_with_parent()
+    print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | ENV, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        worker = int(parent.stdout.readline())
+        assert os.path.exists(f"/proc/{worker}")
+        parent.kill()
+        killed = time.monotonic()
+        assert parent.stdout.read() == "" and time.monotonic() - killed < 30, "what it would sleep on is twice as long"
+
+
 def test_a_signal_ends_a_step_in_training_and_anything_else_at_once():
     before = signal.getsignal(signal.SIGINT)
     for number in (signal.SIGINT, signal.SIGTERM):
