@@ -162,6 +162,7 @@ FACTORS = {
     "layout_per_matrix": _projected("maps of its own for each matrix", z_dim=8, layout="per_matrix", **_LINEAR),
     "p0_random": _projected("start: random orthonormal", z_dim=8, p0="random", **_LINEAR),
     "lambda_1": _projected("λ = 1", z_dim=8, source_weight=1.0, **_LINEAR),
+    "z_2": _projected("task vectors of 2 dimensions", z_dim=2, **_LINEAR),
     "z_16": _projected("task vectors of 16 dimensions", z_dim=16, **_LINEAR),
 }
 ALONE = {f"alone_{i}": _projected(f"one size alone ({i})", max_seeds=3, only=i) for i in range(2)}
@@ -259,7 +260,6 @@ class Study:
             source_lr,
             p.tasks_per_step,
             p.images_per_task,
-            warmup=min(50, n_steps // 4),
             eval_every=p.eval_every,
             val_images=p.val_images,
             options=tuple(sorted(options.items())),
