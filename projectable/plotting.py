@@ -102,9 +102,13 @@ def label_of(arm) -> str:
 
 
 def _panels(count: int, width: float = 8.0, height: float = 4.5, sharey: bool = True):
-    """A figure with `count` panels side by side (at least one), and their axes as a list."""
-    fig = Figure(figsize=(width, height), layout="constrained")
-    return fig, list(fig.subplots(1, count, sharey=sharey, squeeze=False)[0])
+    """A figure with `count` panels (at least one), four at most side by side, and their axes as a list."""
+    rows = -(-count // 4)
+    fig = Figure(figsize=(width, height * (1 + 0.6 * (rows - 1))), layout="constrained")
+    axes = fig.subplots(rows, -(-count // rows), sharey=sharey, squeeze=False).flatten()
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    return fig, list(axes[:count])
 
 
 def _size_axis(ax, sizes) -> None:
@@ -139,9 +143,11 @@ def _legend_below(fig: Figure, axes) -> None:
 
 
 def _rate_axis(ax) -> None:
-    """A log axis of learning rates with ticks at 1, 2 and 5."""
+    """A log axis of learning rates with ticks at 1, 2 and 5; fewer where they would be many."""
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = ax.get_xlim()
+    subs = (1, 2, 5) if high < 20 * low else (1, 3) if high < 100 * low else (1,)
+    ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
     ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.tick_params(axis="x", labelrotation=35)

@@ -79,6 +79,23 @@ def test_sweep_marks_the_best_and_tells_an_edge():
     assert marks == {"o": 1e-2, "X": 1e-1}
 
 
+@pytest.mark.parametrize("last", [4, 16, 64, 256])
+def test_learning_rates_can_be_told_apart_in_many_panels(last):
+    rates = [1e-3 * 2**k for k in range(9) if 2**k <= last]
+    df = pd.DataFrame([dict(arm="projected", d_s=8 * 2**i, lr=lr, val_loss=1 + lr) for i in range(5) for lr in rates])
+    fig = plotting.sweep_curves(df)
+    fig.draw_without_rendering()
+    panels = [ax for ax in fig.axes if ax.axison]
+    assert [ax.get_title() for ax in panels] == [f"width {8 * 2**i}" for i in range(5)]
+    for ax in panels:
+        low, high = ax.get_xlim()
+        seen = [label for label in ax.get_xticklabels() if low <= label.get_position()[0] <= high]
+        assert len(seen) >= 2
+        starts = [label.get_window_extent().x0 for label in seen]
+        height = seen[0].get_fontsize() * fig.dpi / 72  # of the letters: apart by that, turned ones do not touch
+        assert min(b - a for a, b in zip(starts, starts[1:], strict=False)) > height
+
+
 def test_waterfall_writes_the_changes():
     df = pd.DataFrame({"label": ["universal", "bank", "maps"], "loss": [2.0, 1.9, 1.95]})
     (ax,) = plotting.waterfall(df).axes
