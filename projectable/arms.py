@@ -212,6 +212,7 @@ class Study:
         self.sizes = sizes or profile.sizes
         self.arms, self.family = (MASKED, "masked_") if masked else (EVERY, "")
         self._rates: dict[str, dict[int, float]] = {}
+        self._best: dict[int, str] = {}
 
     # ----------------------------------------------------------------------------------------------- configs
 
@@ -344,8 +345,11 @@ class Study:
 
     def best_universal(self, size: int) -> str:
         """The conditioning with the lowest validation loss at that size."""
-        table = self.sweep(*(name for name in UNIVERSALS if name in self.arms))
-        return table[table.d_s == size].sort_values("val_loss").arm.iloc[0]
+        if size not in self._best:
+            table = self.sweep(*(name for name in UNIVERSALS if name in self.arms))
+            best = table.loc[table.groupby("d_s").val_loss.idxmin()]
+            self._best = dict(zip(best.d_s.tolist(), best.arm.tolist(), strict=True))
+        return self._best[size]
 
     # ------------------------------------------------------------------------------------------------- seeds
 

@@ -105,6 +105,8 @@ def test_the_best_universal_model_is_chosen_by_size_on_validation_images(study):
         bowl(config.lr[0], 0.08) - 0.5 * (dict(config.options)["conditioning"] == favour[config.sizes[0]])
     )
     assert [study.best_universal(s) for s in PROFILE.sizes] == ["universal_film", "universal_adaln", "universal_token"]
+    n_asked = len(study.asked)
+    assert study.best_universal(8) == "universal_film" and len(study.asked) == n_asked, "once is enough"
     runs = study.seeds("universal")["universal"]
     assert sorted((r.config.sizes[0], r.config.seed) for r in runs) == [(s, i) for s in PROFILE.sizes for i in (0, 1)]
     assert {dict(r.config.options)["conditioning"] for r in runs} == set(favour.values())
