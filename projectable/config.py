@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Collection
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 from .storage import read_json
@@ -77,6 +78,10 @@ class RunConfig:
 
     def key(self) -> str:
         """A fingerprint of the description (12 hex digits)."""
+        return self._key
+
+    @cached_property
+    def _key(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     def with_(self, **changes) -> RunConfig:
