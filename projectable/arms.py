@@ -115,7 +115,7 @@ ARMS = {
 _TUNED_ON = {0.01: {8: 2e-3, 32: 1e-3}, 0.1: {8: 1e-2, 16: 5e-3, 32: 3e-3}, 1.0: {8: 2e-2, 16: 1e-2, 32: 4e-3}}
 DIRECT = {
     f"specialists_{name}": Arm(f"specialists from scratch, {words}", "specialists", _SPECIALIST, steps, max_seeds=3)
-    for name, words, steps in (("a_tenth", "a tenth of the steps", 0.1), ("a_third", "a third", 0.3))
+    for name, words, steps in (("a_tenth", "a tenth of the steps", 0.1), ("a_third", "three tenths", 0.3))
 }
 DIRECT["specialists_matched"] = Arm(
     "specialists from scratch, the projections' compute",
