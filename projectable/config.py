@@ -52,7 +52,7 @@ class RunConfig:
     clip: float = 1.0  # gradient norm of a member
     weight_decay: float = 0.0
     eval_every: int = 200  # steps
-    val_images: int = 100  # of each task, at every evaluation
+    val_images: int = 100  # of each task, at every evaluation; 0: all
     patience: int = 0  # evaluations without a better one; 0: never stop early
     checkpoint_every: int = 200  # steps
     precision: str = "float32"  # or bfloat16: training under autocast, where that is measured to be faster
@@ -203,6 +203,7 @@ def get_profile(name: str) -> Profile:
 # ---------------------------------------------------------------------------------------------- a config as JSON
 
 AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
+AT_LEAST_0 = ("warmup", "weight_decay", "val_images", "patience")
 ONE_SIZE = (
     "universal",
     "support_universal",
@@ -210,10 +211,11 @@ ONE_SIZE = (
     "distilled",
     "specialists",
     "distilled_specialists",
+    "tuned",
     "hard_mixture",
     "masked_universal",
 )
-NEED_START = ("told", "distilled", "distilled_specialists", "projectable", "masked_projectable")
+NEED_START = ("told", "distilled", "distilled_specialists", "tuned", "adapted", "projectable", "masked_projectable")
 
 
 class ConfigError(ValueError):
@@ -225,6 +227,8 @@ def read_config(path: str | Path, models: Collection[str]) -> RunConfig:
     and value.
     """
     path = Path(path)
+    if path.is_dir():  # a run's folder
+        path /= "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -247,10 +251,15 @@ def config_from(found: dict, models: Collection[str], where: str = "config") -> 
     for name in AT_LEAST_1:
         if getattr(config, name) < 1:
             raise ConfigError(f"{where}: {name}={getattr(config, name)}; allowed: 1 or more")
+    for name in AT_LEAST_0:
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{where}: {name}={getattr(config, name)}; allowed: 0 or more")
+    if not config.clip > 0:
+        raise ConfigError(f"{where}: clip={config.clip}; allowed: more than 0")
     if config.model in ONE_SIZE and len(config.sizes) != 1:
         raise ConfigError(f"{where}: sizes={list(config.sizes)}; allowed for model {config.model!r}: one size")
     if config.model in NEED_START and config.start is None:
-        raise ConfigError(f"{where}: model {config.model!r} needs 'start', the config of a source")
+        raise ConfigError(f"{where}: model {config.model!r} needs 'start', the config of what it starts from")
     return config
 
 

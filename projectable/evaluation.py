@@ -43,7 +43,7 @@ def seed_means(losses: pd.DataFrame) -> pd.DataFrame:
     return losses.groupby(["arm", "d_s", "seed"], sort=False, as_index=False)["loss"].mean()
 
 
-def paired_gaps(losses: pd.DataFrame, rival: str, ours: str, d_s_ours: int | None = None) -> pd.DataFrame:
+def paired_gaps(losses: pd.DataFrame, rival: str, ours: str) -> pd.DataFrame:
     """Per size and seed, the mean over tasks of loss(rival) − loss(ours): d_s, seed, gap (nats per token)."""
     wide = losses.pivot_table(index=["d_s", "seed", "task"], columns="arm", values="loss")[[rival, ours]].dropna()
     gap = (wide[rival] - wide[ours]).groupby(level=["d_s", "seed"]).mean()
@@ -63,9 +63,18 @@ def t_interval(values, level: float = 0.95) -> tuple[float, float, float]:
 
 
 def crossed_bootstrap(losses: pd.DataFrame, rival: str, ours: str, draws: int = 4000, seed: int = 0):
-    """Mean gap and its 95 % interval where seeds *and* tasks are samples: both are redrawn, crossed."""
+    """(mean, low, high): gap and 95 % interval, nats per token, where seeds *and* tasks are samples: both are redrawn.
+
+    `losses` of one size: arm, seed, task, loss. Raises ValueError where a seed lacks a task, or sizes are several.
+    """
+    if "d_s" in losses and losses["d_s"].nunique() > 1:
+        raise ValueError(f"losses of sizes {sorted(losses['d_s'].unique().tolist())}; allowed: of one size")
     wide = losses.pivot_table(index=["seed", "task"], columns="arm", values="loss")[[rival, ours]].dropna()
     gap = (wide[rival] - wide[ours]).unstack("task").to_numpy()  # (seeds, tasks)
+    if np.isnan(gap).any():
+        raise ValueError(
+            f"{int(np.isnan(gap).sum())} pairs of seed and task are missing; allowed: every seed has every task"
+        )
     rng = np.random.default_rng(seed)
     n_seeds, n_tasks = gap.shape
     seeds = rng.integers(n_seeds, size=(draws, n_seeds))

@@ -495,8 +495,11 @@ def workers() -> int:
     said = os.environ.get("PROJECTABLE_WORKERS", "")
     if said and not (said.isdecimal() and int(said) > 0):
         raise ValueError(f"PROJECTABLE_WORKERS={said!r}; allowed: a whole number of 1 or more")
+    if said:
+        return int(said)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = torch.cuda.mem_get_info()[0] >> 31 if torch.cuda.is_available() else sys.maxsize
-    return int(said) if said else max(1, min(len(os.sched_getaffinity(0)), most))
+    return max(1, min(cores, most))
 
 
 def _own_operations(config: RunConfig) -> float:
@@ -519,7 +522,7 @@ def run_many(
     todo = {folder_of(c): c for c in configs if not is_done(c) or test and not (folder_of(c) / "test.json").exists()}
     if not todo:
         return [Run(c, folder_of(c)) for c in configs]
-    parents = [c.start for c in todo.values() if c.start is not None and not is_done(c.start)]
+    parents = [c.start for c in todo.values() if c.start is not None and not is_done(c) and not is_done(c.start)]
     if parents:
         unique = list({folder_of(c): c for c in parents}.values())
         run_many(unique, f"{words}: what these start from", executor=executor)

@@ -415,7 +415,7 @@ def evaluate(model: SmallTransformer, split: str = "test") -> tuple[int, float, 
     return len(tokens), nats, bits_per_pixel(nats, book.length, book.height * book.width)
 
 
-def write_grid(images: np.ndarray, path: str | Path, gap: int = 1, at_least: int = 56) -> Path:
+def write_grid(images: np.ndarray, path: str | Path, at_least: int = 56) -> Path:
     """Write images (n, H, W, C) in [0, 1] as one PNG, about as many rows as columns, pixels enlarged to be seen."""
     from PIL import Image
 
@@ -425,10 +425,10 @@ def write_grid(images: np.ndarray, path: str | Path, gap: int = 1, at_least: int
     n, height, width, channels = images.shape
     cols = int(np.ceil(np.sqrt(n)))
     rows = -(-n // cols)
-    sheet = np.ones((rows, height + gap, cols, width + gap, channels))
+    sheet = np.ones((rows, height + 1, cols, width + 1, channels))  # a white line between images
     for i, image in enumerate(images):
         sheet[i // cols, :height, i % cols, :width] = image
-    sheet = sheet.reshape(rows * (height + gap), cols * (width + gap), channels)[:-gap, :-gap]
+    sheet = sheet.reshape(rows * (height + 1), cols * (width + 1), channels)[:-1, :-1]
     scale = -(-at_least // height)
     pixels = np.rint(sheet * 255).astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
     with draft_of(path) as draft:

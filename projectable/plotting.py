@@ -369,29 +369,25 @@ def image_grid(images, row_labels=None, captions=None) -> Figure:
 
 
 @style()
-def matrix(
-    data, row_labels=None, col_labels=None, label: str = "", decimals: int = 2, diagonal: bool = False
-) -> Figure:
+def matrix(data, label: str = "", diagonal: bool = False) -> Figure:
     """A heat map with its numbers written in. `data`: a data frame (its labels are taken) or a 2-d array.
 
     `diagonal`: frame what lies on it.
     """
     data = pd.DataFrame(data)
-    row_labels = list(data.index) if row_labels is None else row_labels
-    col_labels = list(data.columns) if col_labels is None else col_labels
     values = data.to_numpy(dtype=float)
     rows, columns = values.shape
     fig, (ax,) = _panels(1, 8.0, 1.6 + 0.5 * rows)
     picture = ax.imshow(values, cmap="cividis", aspect="auto")
     ax.grid(False)
-    ax.set_xticks(range(columns), col_labels, rotation=35, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(rows), row_labels)
+    ax.set_xticks(range(columns), list(data.columns), rotation=35, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(rows), list(data.index))
     ax.tick_params(length=0)
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for row in range(rows):
         for column in range(columns):
             ink = "white" if values[row, column] < middle else "black"
-            text = f"{values[row, column]:.{decimals}f}"
+            text = f"{values[row, column]:.2f}"
             ax.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
     for place in range(min(rows, columns) if diagonal else 0):
         ax.add_patch(Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, ec="white", lw=2.5))

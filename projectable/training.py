@@ -436,7 +436,11 @@ class Jobs:
         self.executor = submitit.AutoExecutor(folder, cluster=executor)
         parameters = dict(name="projectable", cpus_per_task=1, mem_gb=4, timeout_min=24 * 60)
         if executor == "slurm":
-            parameters |= json.loads(os.environ.get("PROJECTABLE_SLURM", "{}"))
+            said = os.environ.get("PROJECTABLE_SLURM", "{}")
+            try:
+                parameters |= json.loads(said)
+            except (ValueError, TypeError):
+                raise ValueError(f"PROJECTABLE_SLURM={said!r}; allowed: a JSON object") from None
         self.executor.update_parameters(**parameters)
         self.threads = ThreadPoolExecutor(at_once if executor == "local" else 500)
         self.jobs: set[Any] = set()

@@ -190,6 +190,10 @@ def test_the_example_is_a_config():
     assert read_config(ROOT / "notebooks/digits.json", MODELS).start.model == "source"
 
 
+def test_a_runs_folder_is_its_config(universal):
+    assert read_config(universal.folder, MODELS) == universal.config
+
+
 GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
 
 
@@ -205,6 +209,10 @@ GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
         (dict(start=None), "'projectable' needs 'start'"),
         (dict(start=GOOD["start"] | dict(steps="many")), "start: steps='many'; allowed: int"),
         (dict(steps=0), "steps=0; allowed: 1 or more"),
+        (dict(patience=-1), "patience=-1; allowed: 0 or more"),
+        (dict(val_images=-5), "val_images=-5; allowed: 0 or more"),
+        (dict(clip=0.0), "clip=0.0; allowed: more than 0"),
+        (dict(model="tuned", start=None), "'tuned' needs 'start'"),
         (dict(steps=1.5), "steps=1.5; allowed: int"),
         (dict(seed=True), "seed=True; allowed: int"),
         (dict(sizes=8), "sizes=8; allowed: a list of int"),

@@ -72,6 +72,14 @@ def test_the_crossed_bootstrap_is_wider_where_tasks_differ():
     assert evaluation.t_interval(gaps)[1] == pytest.approx(0.1), "the t interval over seeds does not see that"
 
 
+def test_the_crossed_bootstrap_wants_every_task_of_one_size():
+    losses = table(rival=[[1.0] * 4] * 3, ours=[[0.9] * 4] * 3)
+    with pytest.raises(ValueError, match=r"sizes \[8, 16\]; allowed: of one size"):
+        evaluation.crossed_bootstrap(pd.concat([losses.assign(d_s=s) for s in (8, 16)]), "rival", "ours")
+    with pytest.raises(ValueError, match="1 pairs of seed and task are missing"):
+        evaluation.crossed_bootstrap(losses.drop(losses.index[0]), "rival", "ours")
+
+
 def test_the_width_that_matches():
     sizes, losses = [8, 16, 32], [2.0, 1.5, 1.25]
     assert evaluation.matching_width(sizes, losses, 1.75) == pytest.approx(8 * math.sqrt(2))

@@ -154,6 +154,13 @@ def test_unknown_executors_are_named(other_runs, monkeypatch):
         Jobs("local", other_runs, 1)
 
 
+def test_what_slurm_is_told_has_to_be_json(other_runs, monkeypatch):
+    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+    monkeypatch.setenv("PROJECTABLE_SLURM", "partition=gpu")
+    with pytest.raises(ValueError, match="PROJECTABLE_SLURM='partition=gpu'; allowed: a JSON object"):
+        Jobs("slurm", other_runs, 1)
+
+
 def test_slurm_gets_what_the_user_says(other_runs, monkeypatch):
     """As submitit would send it: no cluster is needed to see the script."""
     submitit = pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")

@@ -117,8 +117,8 @@ def test_members_that_share_nothing_learn_as_if_alone(digits, source):
     together, second = trained(config.with_(sizes=(8, 16), lr=(*config.lr, 0.3)), digits)
     assert validation(first, "d8") == validation(second, "d8")
     a, b = alone.state_dict(), together.state_dict()
-    if first.best_step == second.best_step:
-        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert first.best_step == second.best_step
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 TOO_FAST = tiny(steps=200, lr=(10.0,), warmup=80)  # it gets worse while the rate still rises
