@@ -79,14 +79,16 @@ def test_a_finished_model_is_loaded_without_what_it_started_from(source, other_r
     before = [r.test_losses() for r in finished]
     for folder in {folder_of(config.start) for config in configs}:
         shutil.rmtree(folder)
-    monkeypatch.setattr(experiment, "train", lambda *_, **__: pytest.fail("trained in silence"))
-    for r, losses in zip(finished, before, strict=True):
-        (r.folder / "test.json").unlink()
-        assert all(torch.equal(x, losses[member]) for member, x in r.test_losses().items())
-        (r.folder / "test.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "train", lambda *_, **__: pytest.fail("trained in silence"))
+        for r, losses in zip(finished, before, strict=True):
+            (r.folder / "test.json").unlink()
+            assert all(torch.equal(x, losses[member]) for member, x in r.test_losses().items())
+            (r.folder / "test.json").unlink()
     monkeypatch.setenv("PROJECTABLE_WORKERS", "1")
     run_many(configs, test=True)
     assert all((r.folder / "test.json").exists() for r in finished)
+    assert not any(folder_of(config.start).exists() for config in configs)
 
 
 def test_weights_of_another_run_are_refused(other_runs):

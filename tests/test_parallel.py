@@ -155,7 +155,8 @@ def test_unknown_executors_are_named(other_runs, monkeypatch):
 
 
 def test_what_slurm_is_told_has_to_be_json(other_runs, monkeypatch):
-    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+    submitit = pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))
     monkeypatch.setenv("PROJECTABLE_SLURM", "partition=gpu")
     with pytest.raises(ValueError, match="PROJECTABLE_SLURM='partition=gpu'; allowed: a JSON object"):
         Jobs("slurm", other_runs, 1)
