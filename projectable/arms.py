@@ -23,7 +23,7 @@ UNIVERSALS = ("universal_token", "universal_additive", "universal_film", "univer
 
 
 def at_size(lr: dict[int, float], size: int) -> float:
-    """The rate of that size; the next smaller one's where it is not listed."""
+    """The rate of that size; the next smaller one's where it is not listed, the smallest one's below all."""
     return lr[max([s for s in lr if s <= size], default=min(lr))]
 
 
@@ -139,23 +139,17 @@ DIRECT |= {
 STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True)}
 # of the notebook on generators: one factor at a time around linear maps
 _OTHER_FAMILIES: dict[str, dict] = {
-    name: dict(family=name, z_dim=8) | (dict(steps=2) if name == "Orthonormal" else {})  # as in `MAPS`
+    # steps as in `MAPS`; these maps want higher rates than the others
+    name: dict(family=name, z_dim=8) | (dict(steps=2, lr={8: 2.7e-2, 32: 1.9e-2}) if name == "Orthonormal" else {})
     for name in generators.FAMILIES
     if name not in ("Linear", "Static")
 }
-_ORTHONORMAL = {"Orthonormal": {8: 2.7e-2, 32: 1.9e-2}}  # whose maps want more than the others'
-FAMILIES = {
-    f"family_{name}": _projected(f"{name} maps", lr=_ORTHONORMAL.get(name), **options)
-    for name, options in _OTHER_FAMILIES.items()
-}
+FAMILIES = {f"family_{name}": _projected(f"{name} maps", **options) for name, options in _OTHER_FAMILIES.items()}
 BANKS = {
-    f"bank_{name}": replace(
-        FAMILIES[f"family_{name}"],
-        words=f"{name} maps, random source, trained",
-        options=FAMILIES[f"family_{name}"].options | dict(source_mode="random_trained"),
-        max_seeds=3,
+    f"bank_{name}": _projected(
+        f"{name} maps, random source, trained", max_seeds=3, source_mode="random_trained", **options
     )
-    for name in _OTHER_FAMILIES
+    for name, options in _OTHER_FAMILIES.items()
 }
 _LINEAR: dict = dict(max_seeds=3, family="Linear")
 FACTORS = {

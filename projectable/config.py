@@ -223,7 +223,7 @@ class ConfigError(ValueError):
 
 
 def read_config(path: str | Path, models: Collection[str]) -> RunConfig:
-    """The config in a JSON file, e.g. a run's config.json, of one of the `models`. Raises ConfigError naming file, key
+    """The config in a JSON file, or in a run's folder, of one of the `models`. Raises ConfigError naming file, key
     and value.
     """
     path = Path(path)
