@@ -53,10 +53,10 @@ LAMBDA = 3.0  # weight of the source's own objective: with 1 the source loses ab
 
 @dataclass(frozen=True)
 class Maps:
-    """A form of the projections: options of `Projectable`, what makes them task-free, the middle of their sweeps."""
+    """A form of the projections: options of `Projectable`, those that name families, the middle of their sweeps."""
 
     options: dict
-    static: dict
+    families: tuple[str, ...]  # of what z changes; the arms of one map for all tasks name another one here
     lr: dict[int, float]
 
 
@@ -64,11 +64,11 @@ class Maps:
 # best on validation images: families and layout in an earlier run of notebook 10; together, and cheaper, in 17 runs.
 MAPS = Maps(
     dict(family="Orthonormal", steps=2, layout="per_matrix", neurons="Linear", z_dim=8),
-    dict(inner="Static", neurons="Static"),
+    ("inner", "neurons"),
     {8: 1e-2},
 )
 LINEAR = Maps(  # the plain reading of the paper; cheaper
-    dict(family="Linear", z_dim=8), dict(family="Static"), {8: 9.6e-3, 16: 4.8e-3, 32: 2.4e-3}
+    dict(family="Linear", z_dim=8), ("family",), {8: 9.6e-3, 16: 4.8e-3, 32: 2.4e-3}
 )
 
 
@@ -105,8 +105,9 @@ ARMS = {
     "specialists_tuned": Arm("specialists, tuned from the best universal", "specialists", _TUNED, "half", "universal"),
     "projected": _projected("projected"),
     "projected_few_dims": _projected("projected, task vectors of 3 dimensions", only=0, z_dim=3),
-    "static_token": _projected("over-parametrised universal (StaticToken)", static=True),
-    "static": _projected("one model for all tasks (Static)", max_seeds=3, static=True, use_task_embedding=False),
+    "static_token": _projected("over-parametrised universal (StaticToken)", static="Static"),
+    "static_maps": _projected("the same, gains and shifts by task (StaticMaps)", static="StaticMaps"),
+    "static": _projected("one model for all tasks (Static)", max_seeds=3, static="Static", use_task_embedding=False),
     "bank_trained": _projected("random source, trained", source_mode="random_trained"),
     "bank_frozen": _projected("random source, frozen", max_seeds=3, source_mode="random_frozen"),
     "source_frozen": _projected("projected, source frozen", max_seeds=3, source_mode="frozen"),
@@ -141,8 +142,8 @@ STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected,
 _OTHER_FAMILIES: dict[str, dict] = {
     # steps as in `MAPS`; these maps want higher rates than the others
     name: dict(family=name, z_dim=8) | (dict(steps=2, lr={8: 2.7e-2, 32: 1.9e-2}) if name == "Orthonormal" else {})
-    for name in generators.FAMILIES
-    if name not in ("Linear", "Static")
+    for name, family in generators.FAMILIES.items()
+    if name != "Linear" and not issubclass(family, generators.Static)
 }
 FAMILIES = {f"family_{name}": _projected(f"{name} maps", **options) for name, options in _OTHER_FAMILIES.items()}
 BANKS = {
@@ -221,8 +222,8 @@ class Study:
         sizes = () if arm.model == "source" else tuple(sorted(rates))
         options, start = dict(arm.options), None
         if arm.model == "projectable" and "family" not in options:
-            static = self.maps.static if options.pop("static", False) else {}
-            options = self.maps.options | options | static
+            static = options.pop("static", "")
+            options = self.maps.options | options | (dict.fromkeys(self.maps.families, static) if static else {})
         if name in ("universal_distilled", "universal_matched"):
             options["conditioning"] = dict(self.arms[self.best_universal(*sizes)].options)["conditioning"]
         both = p.source_steps + p.joint_steps

@@ -98,6 +98,11 @@ class Static(Generator):
 
 
 @family
+class StaticMaps(Static):
+    """P₀, trained, in a model whose gains and shifts still depend on the task: tells these from the maps."""
+
+
+@family
 class Linear(Generator):
     """P₀ + Σ_k z_k B_k: the plain reading of the paper. B starts at zero."""
 

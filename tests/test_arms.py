@@ -127,9 +127,8 @@ def test_arms_that_name_no_family_have_the_studys_maps(study, maps, digits):
     for name, arm in EVERY.items():
         if arm.model == "projectable":
             config = study.config(name, {8: 1e-2}, 0)
-            of_maps = (
-                {} if "family" in arm.options else maps.options | (maps.static if arm.options.get("static") else {})
-            )
+            static = dict.fromkeys(maps.families, arm.options["static"]) if "static" in arm.options else {}
+            of_maps = {} if "family" in arm.options else maps.options | static
             own = {key: value for key, value in arm.options.items() if key != "static"}
             assert dict(config.options) == of_maps | own, name
             if "conditioning" not in own:
@@ -158,6 +157,7 @@ def test_controls_differ_from_the_projection_in_what_they_say(study):
     for name, difference in {
         "projected_few_dims": dict(z_dim=3),
         "static_token": static,
+        "static_maps": dict(inner="StaticMaps", neurons="StaticMaps"),
         "static": static | dict(use_task_embedding=False),
         "bank_trained": dict(source_mode="random_trained"),
         "bank_frozen": dict(source_mode="random_frozen"),

@@ -251,5 +251,5 @@ def test_options_that_cannot_be(name, option):
 
 
 def test_unknown_family():
-    with pytest.raises(ValueError, match="unknown generator 'Cubic'; allowed: Slice, Static, Linear"):
+    with pytest.raises(ValueError, match="unknown generator 'Cubic'; allowed: Slice, Static, StaticMaps, Linear"):
         make_generator("Cubic", BASE, 2)

@@ -294,6 +294,27 @@ def test_a_static_projection_has_losses_for_several_tasks(tokens, maps, told):
         assert (len(set(losses.tolist())) == 1) != told  # only the task embedding tells the tasks apart
 
 
+@pytest.mark.parametrize("maps", [m for m in TASK_FREE.values() if "Static" in m.values()])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_static_maps_with_gains_and_shifts_only_these_depend_on_the_task(tokens, maps, layout):
+    maps = {option: {"Static": "StaticMaps"}.get(value, value) for option, value in maps.items()}
+    small, ids = model(tokens, layout=layout, use_task_embedding=False, **maps), torch.arange(T)
+    with torch.no_grad():
+        at_start = small.weights("d8", ids)
+    torch.nn.init.normal_(small.projections["d8"].modulation.directions, std=0.1)
+    with torch.no_grad():
+        trained = small.weights("d8", ids)
+    for name, w in trained.items():
+        if name in ("qkv", "up", "head"):  # reads of the stream: a gain each of its entries, alike for all columns
+            gains = w / at_start[name]
+            torch.testing.assert_close(gains, gains[..., :1].expand_as(gains), rtol=1e-3, atol=1e-3)
+            assert gains.std(0).max() > 0.01
+        elif name.endswith("_bias"):
+            assert w.std(0).max() > 0.01
+        else:
+            assert w.shape == small_shape(small.shape, SMALL).weight_shapes()[name]  # one for all tasks
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_neurons_may_have_maps_of_another_family(tokens, layout):
     own = model(tokens, family="Orthonormal", steps=2, neurons="LowRank", layout=layout).projections["d8"]
