@@ -122,6 +122,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def trained(runs: int | None) -> str:
+    """How many runs a notebook's time holds, in words; nothing where that is not known."""
+    return "" if runs is None else f"{runs:,} run{'' if runs == 1 else 's'} trained meanwhile"
+
+
 def when(iso: str) -> str:
     """`2025-01-31T09:05:07+00:00` as `2025-01-31 09:05 UTC`."""
     return f"{iso[:10]} {iso[11:16]} UTC" if iso else ""
@@ -289,6 +294,7 @@ def notebook_html(nb, status: dict, folder: Path, previous: str | None = None, n
     """The page of an executed notebook; `folder` is where its markdown's pictures are looked up."""
     facts = [
         duration(status["seconds"]),
+        trained(status.get("trained")),
         f"profile {status['profile']}",
         status["device"],
         f"commit {status['commit']}",
@@ -347,7 +353,7 @@ def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures:
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
-    environment.filters.update(interval=interval, duration=duration, when=when, number=number)
+    environment.filters.update(interval=interval, duration=duration, trained=trained, when=when, number=number)
     environment.filters.update(families=claim_families, slug=lambda words: words.replace(" ", "-"))
     verdicts = [claim["verdict"] for claim in claims]
     thumbs = {

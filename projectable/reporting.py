@@ -269,6 +269,7 @@ class Status:
     profile: str
     status: str = "not run yet"  # or running, ok, failed
     seconds: float | None = None
+    trained: int | None = None  # runs that came to be meanwhile; the others it shows were there
     device: str = ""
     commit: str = ""
     finished: str = ""  # ISO time
@@ -299,7 +300,7 @@ def run_notebook(path: Path, profile: str, parameters: dict | None = None) -> St
     executed.unlink(missing_ok=True)
     (reports_dir(profile) / "results" / "claims" / f"{path.stem}.json").unlink(missing_ok=True)
 
-    start = time.monotonic()
+    start, clock = time.monotonic(), time.time()
     status.status, status.error = "failed", "interrupted"
     try:
         execute(path, executed, parameters)
@@ -308,11 +309,19 @@ def run_notebook(path: Path, profile: str, parameters: dict | None = None) -> St
         status.error = error_message(error)
     finally:  # also when interrupted
         status.seconds = round(time.monotonic() - start, 1)
+        status.trained = _runs_since(clock)
         status.finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         merge_claims(profile)
         render(path, status)
         build_index(profile)
     return status
+
+
+def _runs_since(clock: float) -> int:
+    """How many runs were finished since that time (seconds since the epoch)."""
+    from .experiment import runs_dir
+
+    return sum(result.stat().st_mtime >= clock for result in runs_dir().glob("*/result.json"))
 
 
 def render(path: Path, status: Status, among: list[str] | None = None) -> None:

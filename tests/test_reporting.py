@@ -46,6 +46,12 @@ print("10 %\\r20 %\\r100 %", file=sys.stderr)
 report.table("numbers", pd.DataFrame({"arm": ["a"], "loss": [1.23456]}), "Numbers")
 """
 
+TRAINING = """
+import os
+from pathlib import Path
+run = Path(os.environ["PROJECTABLE_RUNS"]) / "new"; run.mkdir(); (run / "result.json").touch()
+"""
+
 
 def write_notebook(folder: Path, name: str, *code: str, text: str = TEXT, parameters='profile = "laptop"\nseeds = 5'):
     cells = [new_markdown_cell(text), new_code_cell(parameters, metadata={"tags": ["parameters"]})]
@@ -70,7 +76,12 @@ def ran(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROJECTABLE_ROOT", str(folder))
         patch.setenv("PYTHONPATH", str(Path(reporting.__file__).parents[1]))
-        write_notebook(folder, "00_good", FINDINGS)
+        patch.setenv("PROJECTABLE_RUNS", str(folder / "runs"))
+        before = folder / "runs" / "before" / "result.json"
+        before.parent.mkdir(parents=True)
+        before.touch()
+        os.utime(before, (0, 0))
+        write_notebook(folder, "00_good", FINDINGS, TRAINING)
         write_notebook(folder, "01_bad", 'raise RuntimeError("no \\x1b[31m<luck>\\x1b[0m")', text="# Bad one")
         write_notebook(folder, "02_last", 'print("still here")', text="# Last one")
         result = CliRunner().invoke(__main__.cli, ["reproduce", "--profile", "smoke"])
@@ -108,6 +119,12 @@ def test_reproduce_goes_on_after_a_failure_and_names_it(ran):
     states = [json.loads(p.read_text())["status"] for p in sorted((reports / "results" / "status").glob("*.json"))]
     assert states == ["ok", "failed", "ok"]
     assert not list(reports.rglob(".*")), "drafts of atomic writes were left"
+
+
+def test_pages_and_index_tell_how_many_runs_their_time_holds(ran):
+    reports, _ = ran
+    for page in ("00_good.html", "index.html"):
+        assert "1 run trained meanwhile" in (reports / page).read_text()
 
 
 @pytest.mark.slow
