@@ -2,13 +2,14 @@
 
 Rules, alike for all arms: the trials of a sweep are full-length runs of the first seed, `profile.trials` of them a
 size, a factor 2 apart; where the best is at an edge, the sweep goes on beyond it. The rate with the lowest validation
-loss is used for every seed. A choice between variants (the best conditioning) is made on validation images, too. What
-the source learns alone is a beginning: its rate there is the one after which projections come out best, all sizes
-together, with the rates in the middle of their own sweep.
+loss is used for every seed; a trial that diverges has an infinite one. A choice between variants (the best
+conditioning) is made on validation images, too. What the source learns alone is a beginning: its rate there is the one
+after which projections come out best, all sizes together, with the rates in the middle of their own sweep.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +18,7 @@ import pandas as pd
 from . import conditioning, generators
 from .config import Profile, RunConfig
 from .experiment import Run, operations, run_many
+from .training import DivergedError
 
 FACTOR = 2.0  # between the learning rates of a sweep
 UNIVERSALS = ("universal_token", "universal_additive", "universal_film", "universal_adaln")
@@ -319,7 +321,7 @@ class Study:
                     ks = sorted(k for s, k in trials[name] if s == size)
                     found = {k: runs[trials[name][size, k].key()] for k in ks}
                     losses = {k: sum(r.result["val"][m] for m in judged) / len(judged) for k, r in found.items()}
-                    best, edge, further = _found(losses, self.profile.max_trials)
+                    best, edge, further = _found(losses, self.profile.max_trials, f"{name}, width {size}")
                     powers[name][size] = ks + further
                     again |= bool(further)
                     for k in ks:
@@ -374,10 +376,10 @@ class Study:
 def sweep_together(studies: list[Study], *names: str) -> list[pd.DataFrame]:
     """What `sweep` gives of each study; trained side by side, so that no core waits for the last trial of one."""
     sweeps = [study._sweeping(names) for study in studies]
-    asked, tables = {i: next(sweep) for i, sweep in enumerate(sweeps)}, {}
+    asked, tables, words = {i: next(sweep) for i, sweep in enumerate(sweeps)}, {}, f"sweep of {_words(names)}"
     while asked:
         unique = {c.key(): c for configs in asked.values() for c in configs}
-        runs = dict(zip(unique, run_many(list(unique.values()), f"sweep of {_words(names)}"), strict=True))
+        runs = dict(zip(unique, run_many(list(unique.values()), words, diverging=True), strict=True))
         for i, configs in list(asked.items()):
             try:
                 asked[i] = sweeps[i].send([runs[c.key()] for c in configs])
@@ -500,11 +502,12 @@ class Scarce:
             rates = {trial: self._rate_at(*trial) for trial in where}
             configs = [self.config(name, s, rates[name, s, k], p.seeds[0]) for name, s, k in where]
             words = f"{self.n} images of a new task, sweep of {_words(names)}"
-            runs = dict(zip(where, run_many(configs, words), strict=True))
+            runs = dict(zip(where, run_many(configs, words, diverging=True), strict=True))
             rows, again = [], False
             for (name, s), ks in powers.items():
                 losses = {k: runs[name, s, k].result["val"][f"d{s}"] for k in sorted(ks)}
-                best, edge, further = _found(losses, p.max_trials if FEW_IMAGES[name].lr else 1)
+                most = p.max_trials if FEW_IMAGES[name].lr else 1
+                best, edge, further = _found(losses, most, f"{name}, width {s}")
                 edge &= len(losses) > 1
                 powers[name, s] = ks + further
                 again |= bool(further)
@@ -540,11 +543,18 @@ class Scarce:
         return result
 
 
-def _found(losses: dict[int, float], most: int) -> tuple[int, bool, list[int]]:
-    """Of a sweep's losses by power: the best, whether it is at an edge, and what to try further (`most` in all)."""
+def _found(losses: dict[int, float], most: int, whose: str) -> tuple[int, bool, list[int]]:
+    """Of a sweep's losses by power: the best, whether it is at an edge, and what to try further (`most` in all).
+
+    Raises DivergedError where all are infinite and no further one is to be tried.
+    """
     best, first, last = min(losses, key=losses.__getitem__), min(losses), max(losses)
     edge = best in (first, last)
     further = [last + 1 if best == last else first - 1] if edge and len(losses) < most else []
+    if losses[best] == math.inf and not further:
+        raise DivergedError(
+            f"{whose}: training diverged at each of {len(losses)} learning rates: centre its sweep lower"
+        )
     return best, edge, further
 
 

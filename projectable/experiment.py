@@ -2,13 +2,15 @@
 
 A run's folder is named by its config *and* by whatever code can change its numbers (comments and docstrings apart), so
 that a notebook never shows a stale run. `result.json` is written last: with it a run is whole, without it the
-next call goes on from its checkpoint. A lock keeps two processes from training the same run twice.
+next call goes on from its checkpoint. A lock keeps two processes from training the same run twice. A training that
+diverged leaves `diverged.json`: it would do so again, and is not tried again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -60,7 +62,7 @@ from .storage import (
 )
 from .tasks import FEW, Codebook, TaskData, few, make_tasks, text
 from .tasks.images import content_key
-from .training import Jobs, Outcome, Team, split_losses, train
+from .training import DivergedError, Jobs, Outcome, Team, split_losses, train
 
 Report = Callable[[int, int, float], None]
 
@@ -316,14 +318,19 @@ def _generation(config: RunConfig, n_tasks: int) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run."""
+    """A finished run, or one that diverged: that has a result only."""
 
     config: RunConfig
     folder: Path
 
     @cached_property
     def result(self) -> dict:
-        """val (nats per token by member), best_step, seconds, device, commit, n_parameters."""
+        """val (nats per token by member), best_step, seconds, device, commit, n_parameters.
+
+        Of a run that diverged: val, infinite for all members, and seconds, not known.
+        """
+        if has_diverged(self.config):
+            return dict(val=dict.fromkeys(self.config.rates(), math.inf), seconds=math.nan)
         return read_json(self.folder / "result.json")
 
     @cached_property
@@ -375,25 +382,42 @@ def is_done(config: RunConfig) -> bool:
     return (folder_of(config) / "result.json").exists()
 
 
+def has_diverged(config: RunConfig) -> bool:
+    """Whether its training, or that of what it starts from, was tried and diverged."""
+    return (folder_of(config) / "diverged.json").exists()
+
+
 def run(
     config: RunConfig, report: Report | None = None, stop: Callable[[], bool] | None = None, team: Team | None = None
 ) -> Run:
     """The finished run of a config: trained now, or gone on with, or found.
 
     `report`, `stop` and `team` as in `training.train`. What it starts from comes first. Two processes that want the
-    same run train it once; the processes of a team read and write the same folder.
+    same run train it once; the processes of a team read and write the same folder. Raises DivergedError where its
+    training diverges, or did before.
     """
     folder, team = folder_of(config), team or Team()
     said = f"{folder.name} is being trained by another process: waiting for it"
-    if not team.first(lambda: is_done(config)):
-        if config.start is not None:
-            run(config.start, report, stop, team)
-        lock = locked(folder.with_suffix(".lock"), lambda: print(said, file=sys.stderr))
-        with lock if team.rank == 0 else nullcontext():
-            if not team.first(lambda: is_done(config)):
-                _train(config, folder, report, stop, team)
+
+    def is_there() -> bool:
+        if has_diverged(config):
+            raise DivergedError(read_json(folder / "diverged.json")["error"])
+        return is_done(config)
+
+    if not team.first(is_there):
+        try:
+            if config.start is not None:
+                run(config.start, report, stop, team)
+            lock = locked(folder.with_suffix(".lock"), lambda: print(said, file=sys.stderr))
+            with lock if team.rank == 0 else nullcontext():
+                if not team.first(is_there):
+                    _train(config, folder, report, stop, team)
+        except DivergedError as error:
+            words = {"error": str(error)}
+            team.first(lambda: write_json(folder / "diverged.json", words))
         if team.rank == 0:
             folder.with_suffix(".lock").unlink(missing_ok=True)
+        team.first(is_there)  # raises where it diverged
     return Run(config, folder)
 
 
@@ -508,24 +532,31 @@ def _own_operations(config: RunConfig) -> float:
 
 
 def run_many(
-    configs: list[RunConfig], words: str = "training", test: bool = False, executor: str | None = None
+    configs: list[RunConfig],
+    words: str = "training",
+    test: bool = False,
+    executor: str | None = None,
+    diverging: bool = False,
 ) -> list[Run]:
     """The finished runs of all configs, in order; what is missing is trained side by side, with a line of progress.
 
     `test=True` also evaluates them on test images. `executor` says where: by workers of this process (""), or as jobs
-    of submitit, `local` or `slurm`; by default as PROJECTABLE_EXECUTOR says. Raises the first error, after the others
-    have been saved; ValueError for an unknown executor.
+    of submitit, `local` or `slurm`; by default as PROJECTABLE_EXECUTOR says. With `diverging`, runs that diverge
+    are among the finished ones. Raises the first error, after the others have been saved; ValueError for an unknown
+    executor.
     """
     from tqdm import tqdm
 
     executor = os.environ.get("PROJECTABLE_EXECUTOR", "") if executor is None else executor
     todo = {folder_of(c): c for c in configs if not is_done(c) or test and not (folder_of(c) / "test.json").exists()}
+    if diverging:
+        todo = {folder: c for folder, c in todo.items() if not has_diverged(c)}
     if not todo:
         return [Run(c, folder_of(c)) for c in configs]
     parents = [c.start for c in todo.values() if c.start is not None and not is_done(c) and not is_done(c.start)]
     if parents:
         unique = list({folder_of(c): c for c in parents}.values())
-        run_many(unique, f"{words}: what these start from", executor=executor)
+        run_many(unique, f"{words}: what these start from", executor=executor, diverging=diverging)
     for data in {c.data for c in todo.values()}:
         data_for(data)
     order = sorted(todo.values(), key=operations, reverse=True)  # long ones first: the cores end together
@@ -538,7 +569,7 @@ def run_many(
         bar.update(bar.total - bar.n)
     if any(isinstance(error, BrokenProcessPool) for error in errors):
         _pool.cache_clear()  # a worker was killed: the next call starts new ones
-    if errors:
+    if errors and not (diverging and all(is_done(c) or has_diverged(c) for c in order)):
         raise errors[0]
     return [Run(c, folder_of(c)) for c in configs]
 

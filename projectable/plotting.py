@@ -316,7 +316,8 @@ def changes(df: pd.DataFrame, xlabel: str) -> Figure:
 @style()
 def sweep_curves(df: pd.DataFrame) -> Figure:
     """Validation loss against learning rate. `df`: arm, d_s, lr, val_loss. An arm's best is ringed; one
-    at an edge of its sweep, which would ask for a wider one, is crossed. Trials far from every best are cut off."""
+    at an edge of its sweep, which would ask for a wider one, is crossed. Trials far from every best are cut off;
+    those that diverged (an infinite loss) are small crosses at the top."""
     sizes = sorted(df["d_s"].unique())
     fig, axes = _panels(len(sizes), sharey=False)
     for ax, size in zip(axes, sizes, strict=True):
@@ -324,7 +325,9 @@ def sweep_curves(df: pd.DataFrame) -> Figure:
             mean = df[(df["arm"] == arm) & (df["d_s"] == size)].groupby("lr")["val_loss"].mean()
             if mean.empty:
                 continue
-            ax.plot(mean.index, mean.to_numpy(), ms=4, label=label_of(arm), **look)
+            ax.plot(mean.index, mean.where(mean < np.inf).to_numpy(), ms=4, label=label_of(arm), **look)
+            diverged = mean.index[mean == np.inf]
+            ax.plot(diverged, [0.98] * len(diverged), "x", color=look["color"], transform=ax.get_xaxis_transform())
             best = mean.idxmin()
             edge = best in (mean.index[0], mean.index[-1])
             ax.plot(best, mean[best], "X" if edge else "o", ms=11, mfc="none", mec=look["color"], mew=1.6)

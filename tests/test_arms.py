@@ -14,6 +14,7 @@ from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, UNIVERSALS, 
 from projectable.baselines import SupportUniversal, Universal, for_new_tasks
 from projectable.config import get_profile
 from projectable.projection import Adapted
+from projectable.training import DivergedError
 from projectable.transformer import Shape
 
 PROFILE = replace(get_profile("smoke"), trials=3, max_trials=6)
@@ -25,7 +26,7 @@ def study(monkeypatch):
     found = Study(PROFILE)
     found.asked = []
 
-    def run_many(configs, words, test=False):
+    def run_many(configs, words, test=False, diverging=False):
         found.asked += configs
         runs = []
         for config in configs:
@@ -56,7 +57,7 @@ def test_sweeps_of_several_studies_share_their_rounds(study, monkeypatch):
     study.loss = lambda config, member: bowl(config.lr[0], {2: 0.08, 3: 0.32}[config.n_layers])
     deeper, rounds, run_many = Study(replace(PROFILE, n_layers=3)), [], arms.run_many
     monkeypatch.setattr(
-        arms, "run_many", lambda configs, words: rounds.append(len(configs)) or run_many(configs, words)
+        arms, "run_many", lambda configs, words, **how: rounds.append(len(configs)) or run_many(configs, words)
     )
     tables = arms.sweep_together([study, deeper], "universal_film")
     first = 3 * len(PROFILE.sizes)
@@ -71,6 +72,17 @@ def test_a_best_that_stays_at_the_edge_is_marked(study):
     trials = study.sweep("universal_film")
     assert (trials.groupby("d_s").size() == PROFILE.max_trials).all()
     assert trials.groupby("d_s").at_edge.sum().tolist() == [1, 1, 1]
+
+
+def test_trials_that_diverge_are_the_worst_and_a_sweep_of_nothing_else_is_an_error(study):
+    study.loss = lambda config, member: math.inf if config.lr[0] > 0.03 else bowl(config.lr[0], 0.02)
+    trials = study.sweep("universal_film").query("d_s == 8")
+    assert trials.lr.tolist() == [0.01, 0.02, 0.04, 0.08, 0.16] and trials.lr[trials.best].tolist() == [0.02]
+    assert trials.val_loss.tolist() == [2.0, 1.0, math.inf, math.inf, math.inf] and not trials.at_edge.any()
+    study.loss = lambda config, member: math.inf
+    words = r"universal_token, width 8: training diverged at each of 6 learning rates: centre its sweep lower"
+    with pytest.raises(DivergedError, match=words):
+        study.sweep("universal_token")
 
 
 def test_sizes_of_one_run_have_rates_of_their_own(study):

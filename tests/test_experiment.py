@@ -1,6 +1,7 @@
 """Runs are trained once, by whoever comes first; their folders follow what decides their numbers; many side by side."""
 
 import linecache
+import math
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from projectable import arms, experiment, generators, storage, transformer
 from projectable.config import DataConfig
 from projectable.experiment import Run, build, data_for, folder_of, is_done, operations, run, run_many, runs_dir
 from projectable.storage import DamagedFile, root
-from projectable.training import split_losses
+from projectable.training import DivergedError, split_losses
 
 
 def files(folder) -> dict:
@@ -450,6 +451,33 @@ def test_what_is_there_is_found_again_in_the_order_asked_for(side_by_side, monke
     wanted = [GOOD["specialists"], GOOD["universal"], GOOD["specialists"]]
     found = run_many(wanted, test=True)
     assert [r.config for r in found] == wanted and [r.folder for r in found] == [folder_of(c) for c in wanted]
+
+
+def test_runs_that_diverge_are_remembered_and_do_not_keep_others_from_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROJECTABLE_RUNS", str(tmp_path))
+    monkeypatch.setattr(experiment, "workers", lambda: 1)
+    good, bad = tiny(steps=2), tiny_source(steps=2)
+    child = tiny_projectable(steps=2, start=bad)
+    trained, train = [], experiment._train
+
+    def diverging(config, *arguments):
+        trained.append(config)
+        if config == bad:
+            raise DivergedError("the loss is nan at step 2")
+        train(config, *arguments)
+
+    monkeypatch.setattr(experiment, "_train", diverging)
+    runs = run_many([child, bad, good], diverging=True)
+    assert [r.config for r in runs] == [child, bad, good] and trained.count(bad) == 1
+    assert runs[0].result["val"] == {"d8": math.inf, "source": math.inf} == runs[1].result["val"] | {"d8": math.inf}
+    assert math.isfinite(runs[2].result["val"]["d8"])
+    run_many([child, bad, good], diverging=True)
+    for config in (child, bad):
+        with pytest.raises(DivergedError, match="the loss is nan at step 2"):
+            run_many([good, config])
+        with pytest.raises(DivergedError, match="the loss is nan at step 2"):
+            run(config)
+    assert trained == [bad, good], "nothing was tried again"
 
 
 class Inline:
