@@ -101,13 +101,16 @@ def find_run(name: str | Path) -> Run:
 
 
 def check_current(run: Run) -> Run:
-    """The run itself. Raises ConfigError where this code would train it otherwise."""
+    """The run itself. Raises ConfigError where it would be trained otherwise now."""
     from projectable.config import ConfigError
     from projectable.experiment import folder_of
 
     if folder_of(run.config).name != run.folder.name:
         commit, again = run.result.get("commit"), f"`projectable train {run.folder / 'config.json'}` trains it anew"
-        raise ConfigError(f"{run.folder} was trained by other code, at commit {commit}: {again}, or use that commit")
+        raise ConfigError(
+            f"{run.folder} is not what would be trained now: since commit {commit} code, packages or images changed, "
+            f"or the folder was renamed; {again}"
+        )
     return run
 
 
@@ -185,7 +188,7 @@ def train(config: str, executor: str | None) -> None:
                 stop.end()
         except KeyboardInterrupt:
             if team.rank == 0:
-                where = "there" if said else "the last checkpoint"
+                where = "there" if said and not stop.cut else "the last checkpoint"
                 click.echo(f"stopped{said}: the same command goes on from {where}", err=True)
             sys.exit(128 + (stop.signal or signal.SIGINT))
         if team.rank == 0:

@@ -210,6 +210,7 @@ class Study:
         self.arms, self.family = (MASKED, "masked_") if masked else (EVERY, "")
         self._rates: dict[str, dict[int, float]] = {}
         self._best: dict[int, str] = {}
+        self._swept: dict[str, pd.DataFrame] = {}
 
     # ----------------------------------------------------------------------------------------------- configs
 
@@ -332,6 +333,10 @@ class Study:
             if not again:
                 return pd.DataFrame(rows)
 
+    def trials(self) -> pd.DataFrame:
+        """Every trial so far, of all arms, as `sweep` gives them."""
+        return pd.concat(self._swept.values(), ignore_index=True)
+
     def rates(self, name: str) -> dict[int, float]:
         """The best learning rate of an arm by size, from its sweep."""
         if name not in self._rates:
@@ -385,6 +390,7 @@ def sweep_together(studies: list[Study], *names: str) -> list[pd.DataFrame]:
                 asked[i] = sweeps[i].send([runs[c.key()] for c in configs])
             except StopIteration as end:
                 tables[i] = end.value
+                studies[i]._swept |= dict(list(end.value.groupby("arm", sort=False)))
                 del asked[i]
     return [tables[i] for i in range(len(studies))]
 

@@ -100,6 +100,19 @@ def judge(values, above: float = 0.0) -> dict:
     return dict(value=value, ci_low=low, ci_high=high, seeds=len(values), verdict=words)
 
 
+def judge_sampled(losses: pd.DataFrame, rival: str, ours: str, by: str = "task") -> dict:
+    """`judge` of the gap between two arms where tasks are a sample: the interval also covers `crossed_bootstrap`'s.
+
+    `losses` of one size, as in `paired_gaps`; redrawn are tasks, or what another column groups them by, each group
+    counting alike.
+    """
+    found = judge(paired_gaps(losses, rival, ours).gap)
+    groups = losses.groupby(["arm", "seed", by]).loss.mean().rename_axis(["arm", "seed", "task"]).reset_index()
+    _, low, high = crossed_bootstrap(groups, rival, ours)
+    ends = min(found["ci_low"], low), max(found["ci_high"], high)
+    return found | dict(ci_low=ends[0], ci_high=ends[1], verdict=verdict(*ends, found["seeds"]))
+
+
 def matching_width(sizes, universal, loss: float) -> float:
     """The width at which the universal model's loss would equal `loss`: linear in log2(width), ends extended."""
     x, y = np.log2(np.asarray(sizes, float)), np.asarray(universal, float)

@@ -385,11 +385,11 @@ class Stop:
     """Ctrl-C and SIGTERM while runs are trained: a step in progress is ended first; anything else is left at once.
 
     A context manager; asked (as `stop` of `train`) it says whether such a signal came. Outside of a training,
-    and at a second Ctrl-C, KeyboardInterrupt is raised right away.
+    and at a second Ctrl-C, KeyboardInterrupt is raised right away; `cut` says that it was amid a training.
     """
 
     def __init__(self, team: Team):
-        self.signal, self.training, self.team = 0, False, team
+        self.signal, self.training, self.cut, self.team = 0, False, False, team
 
     def __call__(self) -> bool:
         self.training = True
@@ -412,6 +412,7 @@ class Stop:
     def _handle(self, number: int, frame: object) -> None:
         again, self.signal = self.signal == number, number
         if again and self.team.size == 1 or not self.training:  # torchrun passes signals on: there they come twice
+            self.cut = self.training
             raise KeyboardInterrupt
 
 

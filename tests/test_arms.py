@@ -63,7 +63,11 @@ def test_sweeps_of_several_studies_share_their_rounds(study, monkeypatch):
     first = 3 * len(PROFILE.sizes)
     assert rounds[0] == 2 * first and len(rounds) > 1 and max(rounds[1:]) < 2 * first + 2 * len(PROFILE.sizes)
     for table, alone in zip(tables, (study, deeper), strict=True):
+        pd.testing.assert_frame_equal(alone.trials(), table)
         pd.testing.assert_frame_equal(table, alone.sweep("universal_film"))
+    both = pd.concat([tables[0], study.sweep("specialists")], ignore_index=True)
+    study.rates("universal_film")  # a sweep again, but no new trials
+    pd.testing.assert_frame_equal(study.trials(), both)
     assert (tables[0].groupby("d_s").size() < tables[1].groupby("d_s").size())[8], "one goes on alone"
 
 

@@ -252,6 +252,8 @@ def test_a_run_of_other_code_is_not_trained_again_in_silence(trained, other_runs
     found = find_run(trained.folder)
     assert check_current(found) is found and found.model()  # what it started from is not needed
     monkeypatch.setattr(experiment, "folder_of", lambda _: other_runs / "projectable-000000000000")
-    with pytest.raises(ConfigError, match=r"was trained by other code, at commit .*: `projectable train"):
+    with pytest.raises(
+        ConfigError, match=r"is not what would be trained now: .*; `projectable train .* trains it anew"
+    ):
         check_current(found)
     assert not list(other_runs.glob("*")) and load_tensors(trained.folder / "model.safetensors")

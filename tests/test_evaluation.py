@@ -72,6 +72,23 @@ def test_the_crossed_bootstrap_is_wider_where_tasks_differ():
     assert evaluation.t_interval(gaps)[1] == pytest.approx(0.1), "the t interval over seeds does not see that"
 
 
+def test_where_tasks_are_sampled_the_wider_interval_decides():
+    by_task = table(rival=[[1.0] * 8] * 5, ours=[[0.7, 1.0] * 4] * 5)  # gaps 0.3 and 0, for all seeds
+    alone = evaluation.judge(evaluation.paired_gaps(by_task, "rival", "ours").gap)
+    assert (alone["ci_low"], alone["ci_high"]) == pytest.approx((0.15, 0.15))
+    found = evaluation.judge_sampled(by_task, "rival", "ours")
+    _, low, high = evaluation.crossed_bootstrap(by_task, "rival", "ours")
+    assert found == alone | dict(ci_low=low, ci_high=high) and low > 0 and found["verdict"] == "reproduced"
+    two = by_task.assign(script=by_task.task.isin(sorted(by_task.task.unique())[::2]))  # gaps 0.3 and 0 again
+    found = evaluation.judge_sampled(two, "rival", "ours", by="script")
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx((0, 0.3)) and found["verdict"] == "inconclusive"
+    per_seed = [[0.9 - 0.1 * seed] * 8 for seed in range(5)]  # here the seeds differ
+    noisy = table(rival=[[1.0] * 8] * 5, ours=per_seed)
+    assert evaluation.judge_sampled(noisy, "rival", "ours") == evaluation.judge(
+        evaluation.paired_gaps(noisy, "rival", "ours").gap
+    )
+
+
 def test_the_crossed_bootstrap_wants_every_task_of_one_size():
     losses = table(rival=[[1.0] * 4] * 3, ours=[[0.9] * 4] * 3)
     with pytest.raises(ValueError, match=r"sizes \[8, 16\]; allowed: of one size"):

@@ -205,6 +205,7 @@ def test_a_signal_ends_a_step_in_training_and_anything_else_at_once():
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
                 time.sleep(1)
+            assert not stop.cut
         with Stop(Team()) as stop:
             assert not stop()  # asked after a step: from now on, steps are ended first
             os.kill(os.getpid(), number)
@@ -212,6 +213,7 @@ def test_a_signal_ends_a_step_in_training_and_anything_else_at_once():
             with pytest.raises(KeyboardInterrupt):  # the second time: now
                 os.kill(os.getpid(), number)
                 time.sleep(1)
+            assert stop.cut, "what was trained since the last checkpoint is lost"
             with pytest.raises(KeyboardInterrupt):
                 stop.end()
     assert signal.getsignal(signal.SIGINT) is before
