@@ -10,8 +10,9 @@ after which projections come out best, all sizes together, with the rates in the
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import pandas as pd
 
@@ -197,6 +198,8 @@ class Study:
     that do not name a family.
     """
 
+    about = ""  # of its progress
+
     def __init__(
         self,
         profile: Profile,
@@ -303,7 +306,7 @@ class Study:
 
     def sweep(self, *names: str) -> pd.DataFrame:
         """Every trial of these arms: arm, d_s, lr, val_loss, best, at_edge, seconds. Trains what is missing."""
-        return sweep_together([self], *names)[0]
+        return sweep_together([(self, names)])[0]
 
     def _sweeping(self, names: tuple[str, ...]) -> Generator[list[RunConfig], list[Run], pd.DataFrame]:
         """The same, asking for the runs of its trials, as often as a best one is at an edge."""
@@ -331,7 +334,9 @@ class Study:
                         row = dict(arm=name, d_s=size, lr=lr, val_loss=losses[k], best=k == best)
                         rows.append(row | dict(at_edge=edge and k == best, seconds=found[k].result["seconds"]))
             if not again:
-                return pd.DataFrame(rows)
+                table = pd.DataFrame(rows)
+                self._swept |= dict(list(table.groupby("arm", sort=False)))
+                return table
 
     def trials(self) -> pd.DataFrame:
         """Every trial so far, of all arms, as `sweep` gives them."""
@@ -340,7 +345,7 @@ class Study:
     def rates(self, name: str) -> dict[int, float]:
         """The best learning rate of an arm by size, from its sweep."""
         if name not in self._rates:
-            table = self.sweep(name)
+            table = self._swept[name] if name in self._swept else self.sweep(name)
             best = table[table.best]
             self._rates[name] = dict(zip(best.d_s.tolist(), best.lr.tolist(), strict=True))
         return self._rates[name]
@@ -378,10 +383,16 @@ class Study:
         return result
 
 
-def sweep_together(studies: list[Study], *names: str) -> list[pd.DataFrame]:
-    """What `sweep` gives of each study; trained side by side, so that no core waits for the last trial of one."""
-    sweeps = [study._sweeping(names) for study in studies]
-    asked, tables, words = {i: next(sweep) for i, sweep in enumerate(sweeps)}, {}, f"sweep of {_words(names)}"
+def sweep_together(wanted: Sequence[tuple[Study | Scarce, Iterable[str]]]) -> list[pd.DataFrame]:
+    """What `sweep` gives of each study and the names of its arms.
+
+    Trained side by side, so that no core waits for the last trial of one.
+    """
+    arms = [tuple(names) for _, names in wanted]
+    sweeps = [study._sweeping(names) for (study, _), names in zip(wanted, arms, strict=True)]
+    asked, tables = {i: next(sweep) for i, sweep in enumerate(sweeps)}, {}
+    abouts = {study.about for study, _ in wanted}
+    words = f"{abouts.pop() if len(abouts) == 1 else ''}sweep of {_words(tuple(dict.fromkeys(chain(*arms))))}"
     while asked:
         unique = {c.key(): c for configs in asked.values() for c in configs}
         runs = dict(zip(unique, run_many(list(unique.values()), words, diverging=True), strict=True))
@@ -390,15 +401,14 @@ def sweep_together(studies: list[Study], *names: str) -> list[pd.DataFrame]:
                 asked[i] = sweeps[i].send([runs[c.key()] for c in configs])
             except StopIteration as end:
                 tables[i] = end.value
-                studies[i]._swept |= dict(list(end.value.groupby("arm", sort=False)))
                 del asked[i]
-    return [tables[i] for i in range(len(studies))]
+    return [tables[i] for i in range(len(wanted))]
 
 
 def sweep_sources(*studies: Study) -> None:
     """The sweeps that all others of these studies wait for, few trials each: the source alone, then its control."""
     for name in ("source", "source_control"):
-        sweep_together(list(studies), name)
+        sweep_together([(study, [name]) for study in studies])
 
 
 @dataclass(frozen=True)
@@ -455,6 +465,7 @@ class Scarce:
 
     def __init__(self, study: Study, tasks: str, n: int, steps: int):
         self.study, self.tasks, self.n, self.steps = study, tasks, n, steps
+        self.about = f"{n} images of a new task, "
         self._rates: dict[tuple[str, int], float] = {}
 
     def _base(self, name: str, size: int, seed: int) -> RunConfig | None:
@@ -500,15 +511,24 @@ class Scarce:
 
     def sweep(self, *names: str) -> pd.DataFrame:
         """Every trial of these arms: arm, n, d_s, lr, val_loss, best, at_edge. Trains what is missing."""
-        p = self.study.profile
+        return sweep_together([(self, names)])[0]
+
+    def _sweeping(self, names: tuple[str, ...]) -> Generator[list[RunConfig], list[Run], pd.DataFrame]:
+        """The same, asking for the runs of its trials; first for those of what these arms start from."""
+        p, arms = self.study.profile, [FEW_IMAGES[name] for name in names]
+        bases = chain(*(UNIVERSALS if arm.base == "universal" else [arm.base] for arm in arms if arm.base))
+        if missing := tuple(b for b in dict.fromkeys(bases) if b not in self.study._swept):
+            yield from self.study._sweeping(missing)
+        known = {name for name, _ in self._rates}
+        if before := tuple(b for b in dict.fromkeys(arm.after for arm in arms) if b and b not in known):
+            yield from self._sweeping(before)
         first = [k - (p.trials - 1) // 2 for k in range(p.trials)]
         powers = {(name, s): first if FEW_IMAGES[name].lr else [0] for name in names for s in self.sizes(name)}
         while True:
             where = [(name, size, k) for (name, size), ks in powers.items() for k in sorted(ks)]
             rates = {trial: self._rate_at(*trial) for trial in where}
             configs = [self.config(name, s, rates[name, s, k], p.seeds[0]) for name, s, k in where]
-            words = f"{self.n} images of a new task, sweep of {_words(names)}"
-            runs = dict(zip(where, run_many(configs, words, diverging=True), strict=True))
+            runs = dict(zip(where, (yield configs), strict=True))
             rows, again = [], False
             for (name, s), ks in powers.items():
                 losses = {k: runs[name, s, k].result["val"][f"d{s}"] for k in sorted(ks)}
@@ -521,6 +541,7 @@ class Scarce:
                     row = dict(arm=name, n=self.n, d_s=s, lr=rates[name, s, k], val_loss=loss, best=k == best)
                     rows.append(row | dict(at_edge=edge and k == best))
             if not again:
+                self._rates |= {(row["arm"], row["d_s"]): row["lr"] for row in rows if row["best"]}
                 return pd.DataFrame(rows)
 
     def _rate_at(self, name: str, size: int, power: int) -> float:
@@ -532,8 +553,7 @@ class Scarce:
     def rate(self, name: str, size: int) -> float:
         """The best learning rate of an arm and size, from its sweep."""
         if (name, size) not in self._rates:
-            best = self.sweep(name).query("best").set_index("d_s").lr
-            self._rates |= {(name, s): lr for s, lr in best.items()}
+            self.sweep(name)
         return self._rates[name, size]
 
     def seeds(self, *names: str, max_seeds: int = 3) -> dict[str, list[Run]]:

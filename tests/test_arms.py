@@ -59,7 +59,7 @@ def test_sweeps_of_several_studies_share_their_rounds(study, monkeypatch):
     monkeypatch.setattr(
         arms, "run_many", lambda configs, words, **how: rounds.append(len(configs)) or run_many(configs, words)
     )
-    tables = arms.sweep_together([study, deeper], "universal_film")
+    tables = arms.sweep_together([(study, ["universal_film"]), (deeper, ["universal_film"])])
     first = 3 * len(PROFILE.sizes)
     assert rounds[0] == 2 * first and len(rounds) > 1 and max(rounds[1:]) < 2 * first + 2 * len(PROFILE.sizes)
     for table, alone in zip(tables, (study, deeper), strict=True):
@@ -296,3 +296,27 @@ def test_a_few_images_of_new_tasks_choose_their_own_rate(study):
     trials = Scarce(study, "heldout20", 5, 20).sweep("scratch")
     by_size = trials.groupby("d_s")
     assert (by_size.size() == PROFILE.max_trials).all() and (by_size.at_edge.sum() == 1).all()
+
+
+def test_sweeps_of_new_tasks_share_their_rounds_with_those_of_what_they_start_from(study, monkeypatch):
+    study.loss = lambda config, member: bowl((*config.lr, config.source_lr)[0] or 1.0, 0.02)
+    study._rates |= {"source": {32: 1e-2}, "source_control": {32: 1e-2}}
+    rounds, run_many = [], arms.run_many
+
+    def counting(configs, words, **how):
+        rounds.append({config.data.tasks for config in configs})
+        return run_many(configs, words, **how)
+
+    monkeypatch.setattr(arms, "run_many", counting)
+    names = ["projected_vector", "projected_model", "distilled", "universal_vector"]
+    few = [Scarce(study, "heldout20", n, 20) for n in (5, 25)]
+    tables = arms.sweep_together([(of, names) for of in few])
+    new = {f"heldout20-few{n}-s0" for n in (5, 25)}
+    assert all(of in ({study.data.tasks}, new) for of in rounds), "both at once, after the study's own"
+    together = len(rounds)
+    assert {*UNIVERSALS, "projected", "source_control"} <= set(study.trials().arm)
+    for of, table in zip(few, tables, strict=True):
+        assert list(dict.fromkeys(table.arm)) == names
+        rounds.clear()
+        pd.testing.assert_frame_equal(Scarce(study, "heldout20", of.n, 20).sweep(*names), table)
+        assert all(tasks == {f"heldout20-few{of.n}-s0"} for tasks in rounds) and len(rounds) < together
