@@ -38,8 +38,8 @@ FAMILIES = {
     "bank": "#CC79A7",
 }
 OTHER = "#7A7A7A"
-DASHES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D")
+DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P")  # one more than dashes: pairs repeat after thirty
 
 STYLE: dict = {
     "font.size": 11,

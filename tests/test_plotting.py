@@ -7,6 +7,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from projectable import plotting
+from projectable.arms import ARMS
 
 LOSSES = pd.DataFrame(
     [
@@ -34,6 +35,11 @@ def test_arms_of_one_family_differ():
     assert looks["universal_film"]["color"] == looks["universal_adaln"]["color"]
     assert looks["universal_film"]["linestyle"] != looks["universal_adaln"]["linestyle"]
     assert looks["projected"]["linestyle"] == "-"
+    controls = plotting.looks(
+        [name for name in ARMS if plotting.family(name) in ("static", "bank")] + ["random", "control"]
+    )
+    pairs = {(look["color"], look["linestyle"], look["marker"]) for look in controls.values()}
+    assert len(pairs) == len(controls) > 6
 
 
 def test_t_interval_against_hand_computation():
@@ -149,5 +155,5 @@ def test_learning_curves_with_seeds_as_points_and_a_start_at_nothing():
 
 
 def test_legends_are_in_words_where_arms_have_them():
-    assert plotting.label_of("static_token") == "over-parametrised universal (StaticToken)"
+    assert plotting.label_of("static_token") == "one map for all tasks (StaticToken)"
     assert plotting.label_of("an_arm_of_mine") == "an arm of mine"

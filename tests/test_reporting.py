@@ -247,7 +247,7 @@ def test_claims_that_differ_in_the_number_of_images_stand_together():
 def test_tables_are_in_words(tmp_path):
     table = pd.DataFrame(dict(arm=["static_token", "mine"], d_s=[8, 16], val_loss=[1.5, 1.25], at_edge=[True, False]))
     html = reporting._styled(table, None).to_html()
-    for words in ("over-parametrised universal (StaticToken)", "mine", "width", "validation loss", "at edge"):
+    for words in ("one map for all tasks (StaticToken)", "mine", "width", "validation loss", "at edge"):
         assert f">{words}</t" in html
     assert "static_token" not in html and "1.5000" in html
 
