@@ -365,6 +365,10 @@ class Study:
 
         `universal` stands for the best one a size.
         """
+        return _runs_of(names, self._of_seeds(names, max_seeds), f"seeds of {_words(names)}", test)
+
+    def _of_seeds(self, names: Iterable[str], max_seeds: int | None) -> list[tuple[str, RunConfig]]:
+        """Their configs, each with the name of its arm."""
         configs: list[tuple[str, RunConfig]] = []
         for name in names:
             if name == "universal":
@@ -376,11 +380,24 @@ class Study:
                 parts = [(name, {s: lr}) for s, lr in self.rates(name).items()]
             seeds = self.profile.seeds[: self.arms[name].max_seeds if name in self.arms else None][:max_seeds]
             configs += [(name, self.config(arm, rates, seed)) for seed in seeds for arm, rates in parts]
-        runs = run_many([c for _, c in configs], f"seeds of {_words(names)}", test)
-        result: dict[str, list[Run]] = {name: [] for name in names}
-        for (name, _), run in zip(configs, runs, strict=True):
-            result[name].append(run)
-        return result
+        return configs
+
+
+def _runs_of(
+    names: Sequence[str], configs: list[tuple[str, RunConfig]], words: str, test: bool = True
+) -> dict[str, list[Run]]:
+    """The runs of these configs by the name of their arm."""
+    runs = run_many([config for _, config in configs], words, test)
+    result: dict[str, list[Run]] = {name: [] for name in names}
+    for (name, _), run in zip(configs, runs, strict=True):
+        result[name].append(run)
+    return result
+
+
+def seeds_together(wanted: Sequence[tuple[Study | Scarce, Iterable[str]]], max_seeds: int = 3) -> None:
+    """Train and test what `seeds` gives of each study and the names of its arms, side by side: it finds them then."""
+    configs = [config for study, names in wanted for _, config in study._of_seeds(names, max_seeds)]
+    run_many(configs, f"seeds of {len(wanted)} studies", test=True)
 
 
 def sweep_together(wanted: Sequence[tuple[Study | Scarce, Iterable[str]]]) -> list[pd.DataFrame]:
@@ -558,15 +575,13 @@ class Scarce:
 
     def seeds(self, *names: str, max_seeds: int = 3) -> dict[str, list[Run]]:
         """The runs of these arms and all sizes over seeds, tested."""
-        where = [
-            (name, seed, s) for name in names for seed in self.study.profile.seeds[:max_seeds] for s in self.sizes(name)
-        ]
-        configs = [self.config(name, s, self.rate(name, s), seed) for name, seed, s in where]
-        runs = run_many(configs, f"{self.n} images of a new task, seeds of {_words(names)}", test=True)
-        result: dict[str, list[Run]] = {name: [] for name in names}
-        for (name, _, _), run in zip(where, runs, strict=True):
-            result[name].append(run)
-        return result
+        return _runs_of(names, self._of_seeds(names, max_seeds), f"{self.about}seeds of {_words(names)}")
+
+    def _of_seeds(self, names: Iterable[str], max_seeds: int | None) -> list[tuple[str, RunConfig]]:
+        """Their configs, each with the name of its arm."""
+        seeds = self.study.profile.seeds[:max_seeds]
+        where = [(name, seed, s) for name in names for seed in seeds for s in self.sizes(name)]
+        return [(name, self.config(name, s, self.rate(name, s), seed)) for name, seed, s in where]
 
 
 def _found(losses: dict[int, float], most: int, whose: str) -> tuple[int, bool, list[int]]:

@@ -128,6 +128,22 @@ def test_the_best_universal_model_is_chosen_by_size_on_validation_images(study):
     assert {dict(r.config.options)["conditioning"] for r in runs} == set(favour.values())
 
 
+def test_seeds_of_several_studies_are_those_that_each_asks_for(study, monkeypatch):
+    study.loss = lambda config, member: bowl((*config.lr, config.source_lr)[0] or 1.0, 0.02)
+    few = Scarce(study, "heldout20", 5, 20)
+    wanted = [(study, ["projected", "universal"]), (few, ["scratch", "projected_vector"])]
+    arms.sweep_together([(study, ["projected", *UNIVERSALS]), wanted[1]])
+    study.asked.clear()
+    arms.seeds_together(wanted, max_seeds=2)
+    together = {config.key() for config in study.asked}
+    study.asked.clear()
+    for of, names in wanted:
+        of.seeds(*names, max_seeds=2)
+    asked = [config.key() for config in study.asked]
+    n_sizes = len(PROFILE.sizes)
+    assert together >= set(asked) and len(asked) == 2 + 3 * 2 * n_sizes
+
+
 def test_tuned_specialists_and_their_start_see_as_many_examples_as_all(study):
     study.loss = lambda config, member: bowl(config.lr[0], 0.08)
     config = study.config("specialists_tuned", {8: 1e-2}, seed=1)

@@ -90,7 +90,7 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
     expected |= {f"headline.widens.{small}_{middle}", f"headline.widens.{middle}_{large}", "source.kept"}
     expected |= {f"headline.distilled.d{s}" for s in SMOKE.sizes}
     expected |= {f"headline.few_dims.d{small}", f"headline.clusters.d{small}"}
-    expected |= {f"explained.{what}.d{s}" for what in ("source", "task") for s in SMOKE.sizes}
+    expected |= {f"explained.{what}.d{s}" for what in ("source", "task", "gains", "maps") for s in SMOKE.sizes}
     by_size = (
         "direct.compute direct.distilled direct.start direct.tuned stability.spread stability.agreement "
         "stability.source stability.smooth cost.generation text text.task"
