@@ -348,8 +348,13 @@ def claim_families(claims: list[dict]) -> list[tuple[str, str, list[tuple[str, d
     return result
 
 
-def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures: Path, speed: list[dict]) -> str:
-    """The index: headline figure, a row for claims alike but for width or images, a notebook, a benchmark (`speed`)."""
+def index_html(
+    profile: str, claims: list[dict], notebooks: list[dict], figures: Path, speed: list[dict], other: dict
+) -> str:
+    """The index: headline figure, a row for claims alike but for width or images, a notebook, a benchmark (`speed`).
+
+    `other`: the claims beside those of another run (`reporting.another_run`).
+    """
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
@@ -371,4 +376,5 @@ def index_html(profile: str, claims: list[dict], notebooks: list[dict], figures:
         notebooks=notebooks,
         thumbs=thumbs,
         speed=speed,
+        other=other,
     )

@@ -361,7 +361,22 @@ def build_index(profile: str) -> None:
     claims = _read_json(reports / "claims.json", [])
     bench = reports / "results" / "bench.csv"  # of `make bench`
     speed = list(csv.DictReader(bench.read_text().splitlines())) if bench.exists() else []
-    write_atomically(reports / "index.html", pages.index_html(profile, claims, notebooks, reports / "figures", speed))
+    other = another_run(claims, reports / "results" / "claims_another_run.csv")
+    html = pages.index_html(profile, claims, notebooks, reports / "figures", speed, other)
+    write_atomically(reports / "index.html", html)
+
+
+def another_run(claims: list[dict], path: Path) -> dict:
+    """These claims beside those of another run, kept in a CSV (id, value, ci_low, ci_high, verdict, commit).
+
+    `both`: how many claims have both; `changed`: pairs of claims whose verdict differs; `commits` of the other run.
+    """
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    numbers = ("value", "ci_low", "ci_high")
+    there = {row["id"]: row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows}
+    pairs = [(claim, there[claim["id"]]) for claim in claims if claim["id"] in there]
+    changed = [(claim, other) for claim, other in pairs if claim["verdict"] != other["verdict"]]
+    return dict(both=len(pairs), changed=changed, commits=sorted({other["commit"] for _, other in pairs}))
 
 
 def write_readme_claims() -> None:

@@ -216,11 +216,27 @@ def test_index_shows_claims_that_differ_in_a_width_in_one_row(tmp_path):
         dict(id=f"headline.d{s}", claim=f"Small wins at width {s}", value=0.2, verdict=verdict, **common)
         for s, verdict in ((8, "reproduced"), (16, "inconclusive"))
     ]
-    html = pages.index_html("laptop", claims, [], tmp_path, [])
+    html = pages.index_html("laptop", claims, [], tmp_path, [], reporting.another_run(claims, tmp_path / "none"))
     rows = html[html.index("<tbody>") : html.index("</tbody>")]
     assert rows.count("Small wins") == rows.count('href="04_a.html"') == 1
     assert [rows.count(f"width {s}:") for s in (8, 16)] == [1, 1]
     assert rows.index("reproduced") < rows.index("width 8:") < rows.index("inconclusive") < rows.index("width 16:")
+
+
+def test_the_index_tells_what_differs_from_another_run(tmp_path):
+    found = dict(statistic="gap", value=0.1, ci_low=0.0, ci_high=0.2, seeds=3, notebook="04_x", commit="new")
+    here = [dict(id=f"c{i}", claim=f"claim {i}", verdict="reproduced") | found for i in range(3)]
+    there = pd.DataFrame(here[1:] + [dict(here[0], id="gone")]).assign(commit="old")
+    there.loc[there.id == "c2", ["verdict", "value", "ci_low", "ci_high"]] = "inconclusive", -0.25, None, None
+    there.to_csv(tmp_path / "other.csv")
+    other = reporting.another_run(here, tmp_path / "other.csv")
+    assert other["both"] == 2 and other["commits"] == ["old"]
+    assert [(a["id"], b["verdict"], b["value"], b["ci_low"]) for a, b in other["changed"]] == [
+        ("c2", "inconclusive", -0.25, None)
+    ]
+    html = pages.index_html("laptop", here, [], tmp_path, [], other)
+    assert "1 of 2 verdicts are the same" in html and html.count("claim 2") == 2 and html.count("claim 1") == 1
+    assert "Beside another run" not in pages.index_html("laptop", here, [], tmp_path, [], other | dict(both=0))
 
 
 def test_claims_with_different_rivals_stay_apart():
