@@ -36,9 +36,9 @@ class Arm:
 
     words: str  # as a legend shows it
     model: str
-    lr: dict[int, float]  # empty: that of the study's maps
+    lr: dict[int, float]  # empty: that of the study's maps; zero: nothing is trained, there is nothing to sweep
     # source (the source alone), joint, both (as many examples as source and joint), half, matched (as much compute as
-    # source and projections of all sizes), or a share of both
+    # source and projections of all sizes), a share of both, or none: one at a rate of zero
     steps: str | float = "both"
     start: str = ""  # the arm whose run it starts from
     options: dict = field(default_factory=dict)
@@ -135,6 +135,16 @@ DIRECT["specialists_distilled"] = Arm(
     start="source_control",
     max_seeds=3,
 )
+_CUTS = {
+    "pca": "fully trained source cut to its leading directions",
+    "slice": "fully trained source cut to its first entries",
+}
+_CUT: dict = dict(start="source_control", max_seeds=3)
+DIRECT |= {f"cut_{p0}": Arm(words, "cut", {8: 0.0}, "none", options=dict(p0=p0), **_CUT) for p0, words in _CUTS.items()}
+DIRECT |= {
+    f"cut_{p0}_tuned": Arm(f"{words}, then tuned", "cut", _TUNED, "joint", options=dict(p0=p0), **_CUT)
+    for p0, words in _CUTS.items()
+}
 DIRECT |= {
     f"tuned_{share:g}": Arm(f"projected, then {share:.0%} of the steps", "tuned", lr, share, "projected", max_seeds=3)
     for share, lr in _TUNED_ON.items()
@@ -233,7 +243,7 @@ class Study:
         if name in ("universal_distilled", "universal_matched"):
             options["conditioning"] = dict(self.arms[self.best_universal(*sizes)].options)["conditioning"]
         both = p.source_steps + p.joint_steps
-        steps = {"source": p.source_steps, "joint": p.joint_steps, "both": both, "half": both // 2}
+        steps = {"source": p.source_steps, "joint": p.joint_steps, "both": both, "half": both // 2, "none": 1}
         if isinstance(arm.steps, float):
             n_steps = max(1, round(arm.steps * both))
         else:
@@ -312,7 +322,7 @@ class Study:
         """The same, asking for the runs of its trials, as often as a best one is at an edge."""
         n_trials = self.profile.trials
         first = [k - (n_trials - 1) // 2 for k in range(n_trials)]
-        powers = {name: {s: list(first) for s in self._sizes(name)} for name in names}
+        powers = {name: {s: first if self.middle(name, s) else [0] for s in self._sizes(name)} for name in names}
         while True:
             trials = {name: self._trials(name, powers[name]) for name in names}
             unique = {c.key(): c for t in trials.values() for c in t.values()}
@@ -325,7 +335,8 @@ class Study:
                     ks = sorted(k for s, k in trials[name] if s == size)
                     found = {k: runs[trials[name][size, k].key()] for k in ks}
                     losses = {k: sum(r.result["val"][m] for m in judged) / len(judged) for k, r in found.items()}
-                    best, edge, further = _found(losses, self.profile.max_trials, f"{name}, width {size}")
+                    most = self.profile.max_trials if self.middle(name, size) else 1
+                    best, edge, further = _found(losses, most, f"{name}, width {size}")
                     powers[name][size] = ks + further
                     again |= bool(further)
                     for k in ks:
@@ -551,7 +562,6 @@ class Scarce:
                 losses = {k: runs[name, s, k].result["val"][f"d{s}"] for k in sorted(ks)}
                 most = p.max_trials if FEW_IMAGES[name].lr else 1
                 best, edge, further = _found(losses, most, f"{name}, width {s}")
-                edge &= len(losses) > 1
                 powers[name, s] = ks + further
                 again |= bool(further)
                 for k, loss in losses.items():
@@ -590,7 +600,7 @@ def _found(losses: dict[int, float], most: int, whose: str) -> tuple[int, bool, 
     Raises DivergedError where all are infinite and no further one is to be tried.
     """
     best, first, last = min(losses, key=losses.__getitem__), min(losses), max(losses)
-    edge = best in (first, last)
+    edge = best in (first, last) and len(losses) > 1
     further = [last + 1 if best == last else first - 1] if edge and len(losses) < most else []
     if losses[best] == math.inf and not further:
         raise DivergedError(

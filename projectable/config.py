@@ -212,10 +212,20 @@ ONE_SIZE = (
     "specialists",
     "distilled_specialists",
     "tuned",
+    "cut",
     "hard_mixture",
     "masked_universal",
 )
-NEED_START = ("told", "distilled", "distilled_specialists", "tuned", "adapted", "projectable", "masked_projectable")
+NEED_START = (
+    "told",
+    "distilled",
+    "distilled_specialists",
+    "tuned",
+    "cut",
+    "adapted",
+    "projectable",
+    "masked_projectable",
+)
 
 
 class ConfigError(ValueError):

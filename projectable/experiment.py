@@ -199,6 +199,12 @@ def _tuned(config: RunConfig, data: TaskData, start: Projectable) -> Model:
     return Specialists(config.shape(data.codebook.length, size), data.n_tasks, weights)
 
 
+def _cut(config: RunConfig, data: TaskData, start: Universal, p0: str) -> Model:
+    tokens = data.first("train", 20)
+    whole = Projectable(start, data.n_tasks, config.sizes, tokens, family="Slice", p0=p0, seed=config.seed)
+    return _tuned(config, data, whole)
+
+
 def _adapted(config: RunConfig, data: TaskData, start: Model, tune: str = "vector") -> Model:
     if isinstance(start, Universal):
         return for_new_tasks(start, data.n_tasks, tune)
@@ -262,6 +268,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     "specialists": _specialists,
     "distilled_specialists": _distilled_specialists,
     "tuned": _tuned,  # specialists that start from projected models
+    "cut": _cut,  # specialists that start from a source cut to their width, its maps' start left as it is
     "adapted": _adapted,  # a projectable or universal model for tasks that it has not seen
     "projectable": _projectable,
     "hard_mixture": _hard_mixture,

@@ -453,6 +453,19 @@ def test_what_is_there_is_found_again_in_the_order_asked_for(side_by_side, monke
     assert [r.config for r in found] == wanted and [r.folder for r in found] == [folder_of(c) for c in wanted]
 
 
+@pytest.mark.parametrize("p0", ["pca", "slice"])
+def test_a_source_cut_to_its_own_width_is_that_source(source, digits, p0):
+    cut = tiny(model="cut", sizes=(16,), steps=1, lr=(0.0,), start=tiny_source(), options=(("p0", p0),))
+    whole = run(cut).model()
+    mine, theirs = split_losses(whole, digits, "val")["d16"], split_losses(source.model(), digits, "val")["source"]
+    assert torch.allclose(mine, theirs, atol=1e-5), "a rotation of the stream changes nothing; nothing was trained"
+    half = run(cut.with_(sizes=(8,))).model()
+    assert half.per_task["qkv"].shape == (10, 1, 8, 24)
+    if p0 == "slice":
+        first = source.model().plain["qkv"][0, :8, :8] * 2**0.5  # of the queries; √(d/d_s) as in every projection
+        assert torch.allclose(half.per_task["qkv"][3, 0, :, :8], first)
+
+
 def test_runs_that_diverge_are_remembered_and_do_not_keep_others_from_training(tmp_path, monkeypatch):
     monkeypatch.setenv("PROJECTABLE_RUNS", str(tmp_path))
     monkeypatch.setattr(experiment, "workers", lambda: 1)
