@@ -336,7 +336,7 @@ class Run:
 
         Of a run that diverged: val, infinite for all members, and seconds, not known.
         """
-        if has_diverged(self.config):
+        if (self.folder / "diverged.json").exists():
             return dict(val=dict.fromkeys(self.config.rates(), math.inf), seconds=math.nan)
         return read_json(self.folder / "result.json")
 
