@@ -121,6 +121,11 @@ class Profile:
         return replace(self, data=DataConfig("text", "kinds", vocab_size=96, val_per_class=n))
 
     @property
+    def featured(self) -> Profile:
+        """The same images with clusters, of what a frozen image encoder sees in them, as tasks: `clustersK`."""
+        return replace(self, data=replace(self.data, dataset=f"featured_{self.data.dataset}"))
+
+    @property
     def captioned(self) -> Profile:
         """The same images with a caption of 24 characters before each: both in one sequence."""
         size = self.data.vocab_size + len(LETTERS)

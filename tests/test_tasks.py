@@ -4,12 +4,14 @@ import gzip
 import hashlib
 import shutil
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from projectable import tasks
+from projectable.config import get_profile
 from projectable.tasks import Codebook, Images, TaskData, from_patches, images, make_tasks, split_images, to_patches
 from projectable.tasks.images import DataError, load_digits, load_fashion_mnist, load_images
 
@@ -356,3 +358,21 @@ def test_the_real_fashion_mnist(fashion):
     assert trousers[2:26, 14, 0].mean() < bag[8:24, 14, 0].mean()  # the gap between two legs
     splits = split_images(fashion, 600)
     assert len(splits["train"][0]) == 54_000 and np.bincount(splits["val"][1]).tolist() == [600] * 10
+
+
+def test_clusters_of_features_are_tasks_of_the_same_images(digits):
+    featured = make_tasks("featured_digits", "clusters10", vocab_size=32, patch=2, val_per_class=20)
+    assert featured.n_tasks == 10 and featured.name == "featured digits/clusters10"
+    for split in tasks.SPLITS:  # every image is in one task, coded by the same codebook
+        mine, theirs = (torch.cat(data.tokens[split]).tolist() for data in (featured, digits))
+        assert sorted(mine) == sorted(theirs)
+    pixels = make_tasks("digits", "clusters10", vocab_size=32, patch=2, val_per_class=20)
+    sizes = [sorted(map(len, data.tokens["train"])) for data in (featured, pixels, digits)]
+    assert len({tuple(s) for s in sizes}) == 3, "other tasks than those of pixels, and than the classes"
+    with pytest.raises(ValueError, match="unknown tasks 'classes' of featured_digits; allowed: clustersK"):
+        make_tasks("featured_digits", "classes", vocab_size=32, patch=2)
+    with pytest.raises(ValueError, match="clusters0 of 1238 training images; allowed: clusters1 to clusters1238"):
+        make_tasks("featured_digits", "clusters0", vocab_size=32, patch=2, val_per_class=20)
+    for name in ("smoke", "laptop"):
+        plain, other = get_profile(name).data, get_profile(name).featured.data
+        assert replace(other, dataset=plain.dataset) == plain and other.dataset == f"featured_{plain.dataset}"

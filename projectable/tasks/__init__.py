@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -208,9 +209,10 @@ def make_tasks(
     """Tasks of an image set: `classes`, or `clustersK` (e.g. clusters64). The codebook sees training images only.
 
     `dataset` is a name or `folder:PATH`, see `tasks.images`; `glyphs` and `text` have tasks of their own (see these
-    modules), `captioned_fashion` and `captioned_digits` a caption before every image (`text.caption`). `seen7` and
-    `unseen3` are the classes without and with `HELD_OUT_CLASSES`; the codebook sees the former only. Any tasks with
-    `-fewN` or `-fewN-sS` behind them: N images of each, drawn with seed S (see `few`).
+    modules), `captioned_fashion` and `captioned_digits` a caption before every image (`text.caption`);
+    `featured_fashion` and `featured_digits` have clusters of what a frozen encoder sees in images, not of pixels.
+    `seen7` and `unseen3` are the classes without and with `HELD_OUT_CLASSES`; the codebook sees the former only. Any
+    tasks with `-fewN` or `-fewN-sS` behind them: N images of each, drawn with seed S (see `few`).
 
     Raises ValueError naming the allowed values; DataError where images are missing or too few.
     """
@@ -279,10 +281,59 @@ def _captioned_digits(*about) -> TaskData:
     return _captioned("digits", *about)
 
 
+@cache
+def _seen(dataset: str, patch: int, val_per_class: int, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Each split's images (n, H, W, C), of training 15,000 at most, and what a frozen encoder sees in them (n, K)."""
+    from tqdm import tqdm
+
+    from ..features import image_features
+
+    splits = {name: x for name, (x, _) in split_images(load_images(dataset, patch), val_per_class, seed).items()}
+    splits["train"] = splits["train"][:15_000]
+    every = np.concatenate(list(splits.values()))
+    with tqdm(total=len(every), unit="image", desc="features of images", mininterval=5) as bar:
+
+        def report(done: int, n: int) -> None:
+            bar.update(done - bar.n)
+
+        features = image_features(every, size=64 if every.shape[1] > 16 else 32, report=report)
+    ends = np.cumsum([len(x) for x in splits.values()])[:-1]
+    parts = np.split(features.numpy(), ends)
+    return {name: (x, part) for (name, x), part in zip(splits.items(), parts, strict=True)}
+
+
+def _featured(dataset: str, tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int) -> TaskData:
+    if not (tasks.startswith("clusters") and tasks[8:].isdigit()):
+        raise ValueError(
+            f"unknown tasks {tasks!r} of featured_{dataset}; allowed: clustersK with a number K (clusters64)"
+        )
+    images, seen, n_tasks = load_images(dataset, patch), _seen(dataset, patch, val_per_class, seed), int(tasks[8:])
+    labels = cluster_labels({name: (features, x) for name, (x, features) in seen.items()}, n_tasks, seed)
+    codebook = Codebook.fit(seen["train"][0][:10_000], patch, vocab_size, seed)
+    tokens = {}
+    for split, (x, _) in seen.items():
+        encoded = torch.from_numpy(codebook.encode(x))
+        tokens[split] = [encoded[torch.from_numpy(labels[split] == t)] for t in range(n_tasks)]
+        if not all(map(len, tokens[split])):
+            raise ValueError(f"featured_{dataset}/{tasks}: a cluster has no {split} images; allowed: fewer clusters")
+    names = tuple(f"cluster {i}" for i in range(n_tasks))
+    return TaskData(f"featured {images.name}/{tasks}", names, tokens, codebook, images.licence)
+
+
+def _featured_fashion(*about) -> TaskData:
+    return _featured("fashion", *about)
+
+
+def _featured_digits(*about) -> TaskData:
+    return _featured("digits", *about)
+
+
 # data sets with tasks of their own; a run's key follows the one it names
 MAKERS: dict[str, Callable[..., TaskData]] = {
     "glyphs": _glyphs,
     "text": _text,
     "captioned_fashion": _captioned_fashion,
     "captioned_digits": _captioned_digits,
+    "featured_fashion": _featured_fashion,
+    "featured_digits": _featured_digits,
 }
