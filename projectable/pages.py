@@ -124,7 +124,9 @@ def duration(seconds: float | None) -> str:
 
 def trained(runs: int | None) -> str:
     """How many runs a notebook's time holds, in words; nothing where that is not known."""
-    return "" if runs is None else f"{runs:,} run{'' if runs == 1 else 's'} trained meanwhile"
+    if runs is None:
+        return ""
+    return f"{f'{runs:,}' if runs else 'no'} run{'s' if runs > 1 else ''} trained meanwhile"
 
 
 def when(iso: str) -> str:

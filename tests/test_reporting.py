@@ -125,6 +125,8 @@ def test_pages_and_index_tell_how_many_runs_their_time_holds(ran):
     reports, _ = ran
     for page in ("00_good.html", "index.html"):
         assert "1 run trained meanwhile" in (reports / page).read_text()
+    words = [pages.trained(runs) for runs in (None, 0, 2, 1234)]
+    assert words == ["", "no run trained meanwhile", "2 runs trained meanwhile", "1,234 runs trained meanwhile"]
 
 
 @pytest.mark.slow
