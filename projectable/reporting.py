@@ -269,12 +269,12 @@ class Status:
     profile: str
     status: str = "not run yet"  # or running, ok, failed
     seconds: float | None = None
-    trained: int | None = None  # runs that came to be meanwhile; the others it shows were there
     device: str = ""
     commit: str = ""
     finished: str = ""  # ISO time
     error: str = ""
     figure: str = ""  # name of the first figure, which the index shows
+    trained: int | None = None  # runs that came to be meanwhile; the others it shows were there
 
     def path(self) -> Path:
         return reports_dir(self.profile) / "results" / "status" / f"{self.notebook}.json"
