@@ -85,6 +85,17 @@ def test_sweep_marks_the_best_and_tells_an_edge():
     assert marks == {"o": 1e-2, "X": 1e-1}
 
 
+def test_a_sweep_shows_trials_that_diverged_without_a_loss(tmp_path):
+    df = pd.DataFrame(dict(arm="projected", d_s=8, lr=[1e-3, 1e-2, 1e-1, 1.0], val_loss=[2, 1, np.inf, np.inf]))
+    fig = plotting.sweep_curves(df)
+    (ax,) = fig.axes
+    curve, diverged, best = ax.lines
+    assert np.isnan(curve.get_ydata()).tolist() == [False, False, True, True]
+    assert diverged.get_marker() == "x" and diverged.get_xdata().tolist() == [1e-1, 1.0]
+    assert (best.get_marker(), best.get_xdata()) == ("o", [1e-2]) and np.isfinite(ax.get_ylim()).all()
+    fig.savefig(tmp_path / "drawn.png")
+
+
 @pytest.mark.parametrize("last", [4, 16, 64, 256])
 def test_learning_rates_can_be_told_apart_in_many_panels(last):
     rates = [1e-3 * 2**k for k in range(9) if 2**k <= last]
