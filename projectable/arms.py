@@ -371,12 +371,12 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------- seeds
 
-    def seeds(self, *names: str, test: bool = True, max_seeds: int | None = None) -> dict[str, list[Run]]:
-        """The runs of these arms over all seeds (at most `max_seeds`) at their best rates.
+    def seeds(self, *names: str, max_seeds: int | None = None) -> dict[str, list[Run]]:
+        """The runs of these arms over all seeds (at most `max_seeds`) at their best rates, tested.
 
         `universal` stands for the best one a size.
         """
-        return _runs_of(names, self._of_seeds(names, max_seeds), f"seeds of {_words(names)}", test)
+        return _runs_of(names, self._of_seeds(names, max_seeds), f"seeds of {_words(names)}")
 
     def _of_seeds(self, names: Iterable[str], max_seeds: int | None) -> list[tuple[str, RunConfig]]:
         """Their configs, each with the name of its arm."""
@@ -394,11 +394,9 @@ class Study:
         return configs
 
 
-def _runs_of(
-    names: Sequence[str], configs: list[tuple[str, RunConfig]], words: str, test: bool = True
-) -> dict[str, list[Run]]:
-    """The runs of these configs by the name of their arm."""
-    runs = run_many([config for _, config in configs], words, test)
+def _runs_of(names: Sequence[str], configs: list[tuple[str, RunConfig]], words: str) -> dict[str, list[Run]]:
+    """The runs of these configs, tested, by the name of their arm."""
+    runs = run_many([config for _, config in configs], words, test=True)
     result: dict[str, list[Run]] = {name: [] for name in names}
     for (name, _), run in zip(configs, runs, strict=True):
         result[name].append(run)
