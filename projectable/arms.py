@@ -2,8 +2,9 @@
 
 Rules, alike for all arms: the trials of a sweep are full-length runs of the first seed, `profile.trials` of them a
 size, a factor 2 apart; where the best is at an edge, the sweep goes on beyond it. The rate with the lowest validation
-loss is used for every seed; a trial that diverges has an infinite one. A choice between variants (the best
-conditioning) is made on validation images, too. What the source learns alone is a beginning: its rate there is the one
+loss is used for every seed; a trial that diverges has an infinite one, and so has a rate at which another seed does:
+then all seeds are run anew at the best of the others. A choice between variants (the best conditioning) is made on
+validation images, too. What the source learns alone is a beginning: its rate there is the one
 after which projections come out best, all sizes together, with the rates in the middle of their own sweep.
 """
 
@@ -18,7 +19,7 @@ import pandas as pd
 
 from . import conditioning, generators
 from .config import Profile, RunConfig
-from .experiment import Run, operations, run_many
+from .experiment import Run, has_diverged, operations, run_many
 from .training import DivergedError
 
 FACTOR = 2.0  # between the learning rates of a sweep
@@ -224,6 +225,7 @@ class Study:
         self._rates: dict[str, dict[int, float]] = {}
         self._best: dict[int, str] = {}
         self._swept: dict[str, pd.DataFrame] = {}
+        self._refused: set[tuple[str, int, float]] = set()  # arm, size and rate at which a seed diverged
 
     # ----------------------------------------------------------------------------------------------- configs
 
@@ -335,19 +337,39 @@ class Study:
                     ks = sorted(k for s, k in trials[name] if s == size)
                     found = {k: runs[trials[name][size, k].key()] for k in ks}
                     losses = {k: sum(r.result["val"][m] for m in judged) / len(judged) for k, r in found.items()}
+                    lrs = {k: self._rate(name, trials[name][size, k], size) for k in ks}
+                    losses |= {k: math.inf for k, lr in lrs.items() if (name, size, lr) in self._refused}
                     most = self.profile.max_trials if self.middle(name, size) else 1
                     best, edge, further = _found(losses, most, f"{name}, width {size}")
                     powers[name][size] = ks + further
                     again |= bool(further)
                     for k in ks:
-                        config = (name == "source" and trials[name][size, k].start) or trials[name][size, k]
-                        lr = config.source_lr if whole else dict(zip(config.sizes, config.lr, strict=True))[size]
-                        row = dict(arm=name, d_s=size, lr=lr, val_loss=losses[k], best=k == best)
+                        row = dict(arm=name, d_s=size, lr=lrs[k], val_loss=losses[k], best=k == best)
                         rows.append(row | dict(at_edge=edge and k == best, seconds=found[k].result["seconds"]))
             if not again:
                 table = pd.DataFrame(rows)
                 self._swept |= dict(list(table.groupby("arm", sort=False)))
                 return table
+
+    def _rate(self, name: str, config: RunConfig, size: int) -> float:
+        """The learning rate of a trial of that arm and size."""
+        if self.arms[name].model != "source":
+            return dict(zip(config.sizes, config.lr, strict=True))[size]
+        projected = config.model.endswith("projectable")  # by which a source alone is judged
+        return (config.start if projected and config.start else config).source_lr
+
+    def _refuse(self, name: str, config: RunConfig) -> None:
+        """Count the rates of a run that diverged as diverged ones: its own, or those of what it starts from."""
+        start = self.arms[name].start
+        if start and config.start is not None and has_diverged(config.start):
+            return self._refuse(self.best_universal(*config.sizes) if start == "universal" else start, config.start)
+        sizes = config.sizes or (config.d_source,)
+        refused = {(name, size, self._rate(name, config, size)) for size in sizes}
+        _say_refused(refused - self._refused, config.seed)
+        self._refused |= refused
+        names, self._rates, self._best, self._swept = tuple(self._swept), {}, {}, {}
+        if names:
+            self.sweep(*names)  # what was chosen by it, too
 
     def trials(self) -> pd.DataFrame:
         """Every trial so far, of all arms, as `sweep` gives them."""
@@ -376,11 +398,11 @@ class Study:
 
         `universal` stands for the best one a size.
         """
-        return _runs_of(names, self._of_seeds(names, max_seeds), f"seeds of {_words(names)}")
+        return _runs_of(self, names, max_seeds)
 
-    def _of_seeds(self, names: Iterable[str], max_seeds: int | None) -> list[tuple[str, RunConfig]]:
-        """Their configs, each with the name of its arm."""
-        configs: list[tuple[str, RunConfig]] = []
+    def _of_seeds(self, names: Iterable[str], max_seeds: int | None) -> list[tuple[str, str, RunConfig]]:
+        """Their configs, each with the name that was given and that of its arm."""
+        configs: list[tuple[str, str, RunConfig]] = []
         for name in names:
             if name == "universal":
                 chosen = {s: self.best_universal(s) for s in self.sizes}
@@ -390,23 +412,39 @@ class Study:
             else:
                 parts = [(name, {s: lr}) for s, lr in self.rates(name).items()]
             seeds = self.profile.seeds[: self.arms[name].max_seeds if name in self.arms else None][:max_seeds]
-            configs += [(name, self.config(arm, rates, seed)) for seed in seeds for arm, rates in parts]
+            configs += [(name, arm, self.config(arm, rates, seed)) for seed in seeds for arm, rates in parts]
         return configs
 
 
-def _runs_of(names: Sequence[str], configs: list[tuple[str, RunConfig]], words: str) -> dict[str, list[Run]]:
-    """The runs of these configs, tested, by the name of their arm."""
-    runs = run_many([config for _, config in configs], words, test=True)
+def _runs_of(study: Study | Scarce, names: Sequence[str], max_seeds: int | None) -> dict[str, list[Run]]:
+    """The runs of these arms over seeds, tested."""
+    runs = _tested([(study, names)], max_seeds, f"{study.about}seeds of {_words(tuple(names))}")
     result: dict[str, list[Run]] = {name: [] for name in names}
-    for (name, _), run in zip(configs, runs, strict=True):
+    for (name, *_), run in zip(study._of_seeds(names, max_seeds), runs, strict=True):
         result[name].append(run)
     return result
 
 
 def seeds_together(wanted: Sequence[tuple[Study | Scarce, Iterable[str]]], max_seeds: int = 3) -> None:
     """Train and test what `seeds` gives of each study and the names of its arms, side by side: it finds them then."""
-    configs = [config for study, names in wanted for _, config in study._of_seeds(names, max_seeds)]
-    run_many(configs, f"seeds of {len(wanted)} studies", test=True)
+    _tested(wanted, max_seeds, f"seeds of {len(wanted)} studies")
+
+
+def _tested(wanted: Sequence[tuple[Study | Scarce, Iterable[str]]], max_seeds: int | None, words: str) -> list[Run]:
+    """The runs of these studies' arms over seeds. Where one diverges all are chosen anew, its rate left out."""
+    while True:
+        asked = [(study, *found[1:]) for study, names in wanted for found in study._of_seeds(names, max_seeds)]
+        runs = run_many([config for *_, config in asked], words, test=True, diverging=True)
+        diverged = [found for found in asked if has_diverged(found[-1])]
+        if not diverged:
+            return runs
+        for study, arm, config in diverged:
+            study._refuse(arm, config)
+
+
+def _say_refused(refused: set[tuple[str, int, float]], seed: int) -> None:
+    for name, size, lr in sorted(refused):
+        print(f"{name}, width {size}: seed {seed} diverged at the rate {lr:g}; all seeds take the best of the others")
 
 
 def sweep_together(wanted: Sequence[tuple[Study | Scarce, Iterable[str]]]) -> list[pd.DataFrame]:
@@ -493,6 +531,7 @@ class Scarce:
         self.study, self.tasks, self.n, self.steps = study, tasks, n, steps
         self.about = f"{n} images of a new task, "
         self._rates: dict[tuple[str, int], float] = {}
+        self._refused: set[tuple[str, int, float]] = set()  # arm, size and rate at which a seed diverged
 
     def _base(self, name: str, size: int, seed: int) -> RunConfig | None:
         if not name:
@@ -558,6 +597,7 @@ class Scarce:
             rows, again = [], False
             for (name, s), ks in powers.items():
                 losses = {k: runs[name, s, k].result["val"][f"d{s}"] for k in sorted(ks)}
+                losses |= {k: math.inf for k in losses if (name, s, rates[name, s, k]) in self._refused}
                 most = p.max_trials if FEW_IMAGES[name].lr else 1
                 best, edge, further = _found(losses, most, f"{name}, width {s}")
                 powers[name, s] = ks + further
@@ -583,13 +623,27 @@ class Scarce:
 
     def seeds(self, *names: str, max_seeds: int = 3) -> dict[str, list[Run]]:
         """The runs of these arms and all sizes over seeds, tested."""
-        return _runs_of(names, self._of_seeds(names, max_seeds), f"{self.about}seeds of {_words(names)}")
+        return _runs_of(self, names, max_seeds)
 
-    def _of_seeds(self, names: Iterable[str], max_seeds: int | None) -> list[tuple[str, RunConfig]]:
-        """Their configs, each with the name of its arm."""
+    def _of_seeds(self, names: Iterable[str], max_seeds: int | None) -> list[tuple[str, str, RunConfig]]:
+        """Their configs, each with the name of its arm, twice, as those of a `Study`."""
         seeds = self.study.profile.seeds[:max_seeds]
         where = [(name, seed, s) for name in names for seed in seeds for s in self.sizes(name)]
-        return [(name, self.config(name, s, self.rate(name, s), seed)) for name, seed, s in where]
+        return [(name, name, self.config(name, s, self.rate(name, s), seed)) for name, seed, s in where]
+
+    def _refuse(self, name: str, config: RunConfig) -> None:
+        """As that of a `Study`; what it starts from may be a run of the study."""
+        arm, (size,) = FEW_IMAGES[name], config.sizes
+        if config.start is not None and has_diverged(config.start):
+            if arm.after:
+                return self._refuse(arm.after, config.start)
+            self._rates = {}
+            base = self.study.best_universal(size) if arm.base == "universal" else arm.base
+            return self.study._refuse(base, config.start)
+        refused = {(name, size, config.lr[0])}
+        _say_refused(refused - self._refused, config.seed)
+        self._refused |= refused
+        self._rates = {}
 
 
 def _found(losses: dict[int, float], most: int, whose: str) -> tuple[int, bool, list[int]]:

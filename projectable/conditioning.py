@@ -38,6 +38,7 @@ class Conditioning(nn.Module):
     """The contract: `forward(task_ids (T,)) -> z (T, z_dim)`; a task's vector depends on no other task of the call."""
 
     needs: tuple[str, ...] = ()  # what has to be told about the tasks: names of the constructor's arguments
+    draws = False  # random numbers in a step of training
 
     def __init__(self, n_tasks: int, z_dim: int):
         super().__init__()
@@ -82,6 +83,8 @@ class ShuffledID(LearnedID):
 
     As many parameters as `LearnedID`, and maps that vary as much, but no vector says anything of a task.
     """
+
+    draws = True
 
     def forward(self, task_ids: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
@@ -153,6 +156,7 @@ class SupportSet(Conditioning):
     """
 
     needs = ("support", "vocab_size")
+    draws = True
 
     def __init__(
         self,

@@ -362,7 +362,7 @@ class Run:
         """Nats per token on all test images: {member: (n_tasks,)}. Computed once, after all choices are made."""
         path = self.folder / "test.json"
         if not path.exists():
-            losses = split_losses(self.model(), data_for(self.config.data), "test")
+            losses = split_losses(_placed(self.model()), data_for(self.config.data), "test")
             write_json(path, {member: x.tolist() for member, x in losses.items()})
         return {member: torch.tensor(x, dtype=torch.float64) for member, x in read_json(path).items()}
 
@@ -430,14 +430,17 @@ def run(
 
 def _train(config: RunConfig, folder: Path, report: Report | None, stop: Callable[[], bool] | None, team: Team) -> None:
     data = data_for(config.data)
-    model = build(config, data)
-    if torch.cuda.is_available():
-        model.to("cuda")
+    model = _placed(build(config, data))
     team.first(lambda: _prepare(config, folder))
     checkpoint = folder / "checkpoint.safetensors"
     outcome = train(model, data, config, checkpoint, report, stop=stop, team=team)
     team.first(lambda: _keep(config, folder, model, outcome, team.size))
     checkpoint.unlink(missing_ok=True)
+
+
+def _placed(model: Model) -> Model:
+    """The model on the GPU, where there is one."""
+    return model.to("cuda") if torch.cuda.is_available() else model
 
 
 def _prepare(config: RunConfig, folder: Path) -> None:

@@ -78,6 +78,7 @@ class Masked(Model):
     """What makes a model a masked one: its loss. `n_tasks` is the number of all tasks."""
 
     n_tasks: int
+    draws = True
 
     def losses(self, task_ids: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """Nats per masked token of every member on its tasks: {member: (T,)}; tokens (T, B, N)."""

@@ -305,9 +305,11 @@ class Team:
 
     rank, size = 0, 1
 
-    def losses(self, model: nn.Module) -> Losses:
-        """`model.losses`, with gradients that are averaged over the team."""
-        return model.losses  # type: ignore[return-value]
+    def losses(self, model: Model) -> Losses:
+        """`model.losses`, with gradients that are averaged over the team; on a GPU as one launch a step."""
+        if next(model.parameters()).is_cuda and not any(getattr(m, "draws", False) for m in model.modules()):
+            return cuda_graph(model)
+        return model.losses
 
     def share(self, n: int) -> slice:
         """Which of n things are this process's."""
@@ -320,6 +322,26 @@ class Team:
     def first(self, make: Callable[[], Any]) -> Any:
         """What `make` gives the first process; the others wait for it. Its error is everybody's."""
         return make()
+
+
+def cuda_graph(model: Model) -> Losses:
+    """`model.losses` with its gradients as a CUDA graph: hundreds of small kernels are launched at once.
+
+    Captured at the first call, for steps of that shape; not under autocast. For a model that draws no random numbers:
+    they would be those of the first call ever after.
+    """
+    graph: Any = None
+
+    def losses(task_ids: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        nonlocal graph
+        if torch.is_autocast_enabled("cuda"):
+            return model.losses(task_ids, tokens)
+        if graph is None:
+            like = task_ids.clone(), tokens.clone()
+            graph = torch.cuda.make_graphed_callables(_Losses(model), like, allow_unused_input=True)
+        return graph(task_ids, tokens)
+
+    return losses
 
 
 class Torchrun(Team):

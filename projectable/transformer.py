@@ -8,7 +8,7 @@ What is notable:
   normalised stream, diag(γ)W, so whoever makes the weights folds it in. The same holds for FiLM and AdaLN.
 - No biases, unless the maker of the weights adds them (`*_bias`: a folded shift, from FiLM or AdaLN).
 - Position 0 has no token: its position embedding is the start of the sequence. Row i predicts token i.
-- The loss never keeps the logits: `task_losses` computes loss and gradient in one pass, block by block.
+- On a CPU the loss never keeps the logits: `task_losses` computes loss and gradient in one pass.
 - Sampling prepares the weights once: task axes filled in, layers unbound, 1/√d_h and the temperature folded in. A step
   touches one position of all sequences of all tasks; keys and values of earlier positions are cached.
 - Each cache lies as its product reads it fastest on a CPU: keys in rows of length d_h, values in rows of length N.
@@ -275,7 +275,8 @@ def task_losses(weights: Weights, tokens: Tensor, d_head: int = 8) -> Tensor:
 
 def _losses(h: Tensor, head: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
     """`task_losses` from the last state of the stream, h (T, B·N, d)."""
-    if torch.is_grad_enabled() and (bias is None or head.dim() == 3 and bias.dim() == 2):
+    fused = h.device.type == "cpu" and torch.is_grad_enabled()
+    if fused and (bias is None or head.dim() == 3 and bias.dim() == 2):
         targets = tokens.reshape(tokens.shape[0], -1)
         if bias is not None:  # one more row, which reads a one
             h, head = F.pad(h, (0, 1), value=1.0), torch.cat([head, bias.unsqueeze(1)], dim=1)

@@ -36,6 +36,8 @@ def study(monkeypatch):
         return runs
 
     monkeypatch.setattr(arms, "run_many", run_many)
+    monkeypatch.setattr(arms, "has_diverged", lambda config: found.diverges(config))
+    found.diverges = lambda config: False
     return found
 
 
@@ -142,6 +144,57 @@ def test_seeds_of_several_studies_are_those_that_each_asks_for(study, monkeypatc
     asked = [config.key() for config in study.asked]
     n_sizes = len(PROFILE.sizes)
     assert together >= set(asked) and len(asked) == 2 + 3 * 2 * n_sizes
+
+
+def test_where_a_seed_diverges_all_seeds_take_the_best_of_the_other_rates(study, capsys):
+    study.loss = lambda config, member: bowl(config.lr[0], 0.16)
+    study.diverges = lambda config: config.seed == 1 and config.lr[0] > 0.1
+    runs = study.seeds("universal_film")["universal_film"]
+    eight = [(r.config.seed, r.config.lr[0]) for r in runs if r.config.sizes == (8,)]
+    assert eight == [(0, 0.08), (1, 0.08)] and not any(study.diverges(r.config) for r in runs)
+    trials = study.trials().query("d_s == 8")
+    assert trials.lr[trials.best].tolist() == [0.08] == [study.rates("universal_film")[8]]
+    assert trials.val_loss[trials.lr == 0.16].tolist() == [math.inf]
+    said = capsys.readouterr().out.splitlines()
+    words = "universal_film, width 8: seed 1 diverged at the rate 0.16; all seeds take the best of the others"
+    assert words in said and len(said) == len(set(said)), "each once"
+    study.diverges = lambda config: config.seed == 1
+    with pytest.raises(DivergedError, match="universal_film, width .*: training diverged at each of 6 learning rates"):
+        study.seeds("universal_film")
+
+
+def test_where_what_a_seed_starts_from_diverges_that_is_chosen_anew(study):
+    """The source, and then the projections by it; the best universal model, from which others are tuned."""
+
+    def diverges(config):
+        gone = config.seed == 1 and (config.source_lr > 0.02 or config.model == "universal" and config.lr[0] > 0.01)
+        return gone and config.model != "projectable" or config.start is not None and diverges(config.start)
+
+    study.loss = lambda config, member: bowl((config.start or config).source_lr or config.lr[0], 2.8e-2)
+    study.diverges = diverges
+    assert study.rates("source")[32] == 2.8e-2
+    runs = study.seeds("projected")["projected"]
+    assert {r.config.start.source_lr for r in runs} == {study.rates("source")[32]} == {1.4e-2}
+    assert study.rates(study.best_universal(8))[8] > 0.01
+    runs = study.seeds("specialists_tuned")["specialists_tuned"]
+    assert all(r.config.start.lr[0] <= 0.01 for r in runs) and not any(diverges(r.config) for r in runs)
+
+
+def test_a_rate_of_new_tasks_at_which_a_seed_diverges_is_left_out(study):
+    study.loss = lambda config, member: bowl((*config.lr, config.source_lr)[0] or 1.0, 0.06)
+    study.diverges = lambda config: config.model == "specialists" and config.seed == 1 and config.lr[0] > 0.05
+    scarce = Scarce(study, "heldout20", 5, 20)
+    assert scarce.rate("scratch", 8) == 0.06
+    runs = scarce.seeds("scratch")["scratch"]
+    assert {r.config.lr[0] for r in runs if r.config.sizes == (8,)} == {0.02} == {scarce.rate("scratch", 8)}
+    study.diverges = lambda config: (
+        bool(config.start)
+        and study.diverges(config.start)
+        or (config.model == "projectable" and config.seed == 1 and config.lr[0] == first)
+    )
+    first = study.rates("projected")[8]
+    runs = scarce.seeds("projected_vector")["projected_vector"]
+    assert first not in {r.config.start.lr[0] for r in runs} and len(runs) == 2 * len(PROFILE.sizes)
 
 
 def test_tuned_specialists_and_their_start_see_as_many_examples_as_all(study):
