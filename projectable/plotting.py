@@ -272,14 +272,18 @@ def loss_against_operations(df: pd.DataFrame) -> Figure:
 
 @style()
 def loss_against_parameters(df: pd.DataFrame) -> Figure:
-    """Loss against the parameters of the generators, a panel a size. `df`: family, d_s, maps, loss."""
+    """Loss against the parameters of the generators, a panel a size: means, and seeds as small points.
+
+    `df`: family, d_s, maps, loss, a row a seed.
+    """
     sizes = sorted(df["d_s"].unique())
     fig, axes = _panels(len(sizes), sharey=False)
     colours = sns.color_palette("colorblind", df["family"].nunique())
     for ax, size in zip(axes, sizes, strict=True):
         for place, (name, part) in enumerate(df[df["d_s"] == size].groupby("family", sort=False)):
-            marker = MARKERS[place % len(MARKERS)]
-            ax.plot(part["maps"], part["loss"], marker, ms=8, color=colours[place], label=label_of(name))
+            ax.plot(part["maps"], part["loss"], "o", ms=3, alpha=0.6, color=colours[place])
+            look = dict(marker=MARKERS[place % len(MARKERS)], ls="", ms=8, color=colours[place], label=label_of(name))
+            ax.plot(part["maps"].mean(), part["loss"].mean(), **look)
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g}")
@@ -400,14 +404,16 @@ def matrix(data, label: str = "", diagonal: bool = False) -> Figure:
 
 @style()
 def waterfall(df: pd.DataFrame) -> Figure:
-    """How the loss falls (or rises) from stage to stage. `df`: label, loss in the order of the stages, d_s (a
-    panel a size). Green bars lower the loss, vermilion ones raise it; the change is written beside."""
+    """How the loss falls (or rises) from stage to stage. `df`: label, loss in the order of the stages, a row a seed,
+    d_s (a panel a size). Green bars lower the mean, vermilion ones raise it; the change is written beside. Seeds are
+    points."""
     sizes = sorted(df["d_s"].unique()) if "d_s" in df else [None]
     labels = list(dict.fromkeys(df["label"]))
     fig, axes = _panels(len(sizes), height=1.2 + 0.5 * len(labels))
     for ax, size in zip(axes, sizes, strict=True):
         part = df if size is None else df[df["d_s"] == size]
-        losses = [part.loc[part["label"] == name, "loss"].mean() for name in labels]
+        seeds = [part.loc[part["label"] == name, "loss"] for name in labels]
+        losses = [found.mean() for found in seeds]
         for place, loss in enumerate(losses):
             before = losses[place - 1] if place else loss
             change = loss - before
@@ -419,17 +425,19 @@ def waterfall(df: pd.DataFrame) -> Figure:
                 "k-",
                 lw=1,
             )
-            words = f"{change:+.3f}" if place else f"{loss:.3f}"
+            ax.plot(seeds[place], [place] * len(seeds[place]), "o", ms=3, color="#1D2430", alpha=0.6)
+            words = f"{change:+.3f}".replace("-", "−") if place else f"{loss:.3f}"
             ax.annotate(
                 words,
-                (max(loss, before), place),
+                (max(before, seeds[place].max()), place),
                 (5, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=10,
             )
-        span = max(losses) - min(losses) or 1.0
-        ax.set_xlim(min(losses) - 0.08 * span, max(losses) + 0.35 * span)
+        left, right = part["loss"].min(), part["loss"].max()
+        span = right - left or 1.0
+        ax.set_xlim(left - 0.08 * span, right + 0.35 * span)
         ax.xaxis.set_major_locator(MaxNLocator(3))
         ax.set_xlabel(LOSS)
         if size is not None:

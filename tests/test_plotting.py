@@ -116,7 +116,22 @@ def test_learning_rates_can_be_told_apart_in_many_panels(last):
 def test_waterfall_writes_the_changes():
     df = pd.DataFrame({"label": ["universal", "bank", "maps"], "loss": [2.0, 1.9, 1.95]})
     (ax,) = plotting.waterfall(df).axes
-    assert [t.get_text() for t in ax.texts] == ["2.000", "-0.100", "+0.050"]
+    assert [t.get_text() for t in ax.texts] == ["2.000", "−0.100", "+0.050"]
+    twice = pd.concat([df, df.assign(loss=df.loss + [0.2, 0.0, 0.1])])
+    (ax,) = plotting.waterfall(twice).axes
+    assert [t.get_text() for t in ax.texts] == ["2.100", "−0.200", "+0.100"], "of the means"
+    points = [line.get_xdata() for line in ax.lines if line.get_marker() == "o"]
+    assert np.concatenate(points) == pytest.approx([2.0, 2.2, 1.9, 1.9, 1.95, 2.05])
+    assert ax.get_xlim()[0] < 1.9 and ax.get_xlim()[1] > 2.2
+
+
+def test_generators_are_means_with_their_seeds():
+    df = pd.DataFrame({"family": ["A", "A", "B"], "d_s": 8, "maps": [1e4, 1e4, 3e4], "loss": [2.0, 2.2, 1.9]})
+    (ax,) = plotting.loss_against_parameters(df).axes
+    small, large = ([line for line in ax.lines if line.get_markersize() == size] for size in (3, 8))
+    assert [line.get_label() for line in large] == ["A", "B"]
+    assert np.concatenate([line.get_ydata() for line in large]) == pytest.approx([2.1, 1.9])
+    assert np.concatenate([line.get_ydata() for line in small]) == pytest.approx([2.0, 2.2, 1.9])
 
 
 def test_matrix_writes_its_numbers_and_labels():
