@@ -437,11 +437,11 @@ def waterfall(df: pd.DataFrame) -> Figure:
             )
         left, right = part["loss"].min(), part["loss"].max()
         span = right - left or 1.0
-        ax.set_xlim(left - 0.08 * span, right + 0.35 * span)
+        ax.set_xlim(left - 0.08 * span, right + 0.5 * span)
         ax.xaxis.set_major_locator(MaxNLocator(3))
-        ax.set_xlabel(LOSS)
         if size is not None:
             ax.set_title(f"width {size}")
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()
+    fig.supxlabel(LOSS, fontsize="medium")
     return fig
