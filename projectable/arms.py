@@ -202,14 +202,134 @@ MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected")
 }
 
 
-class Study:
+class Compared:
+    """Arms whose learning rates are swept, and that are run over seeds: those of a `Study`, or of `Scarce` images."""
+
+    about = ""  # of its progress
+    factor = FACTOR
+
+    def __init__(self, profile: Profile):
+        self.profile = profile
+        self._rates: dict[str, dict[int, float]] = {}
+        self._swept: dict[str, pd.DataFrame] = {}
+        self._refused: set[tuple[str, int, float]] = set()  # arm, size and rate at which a seed diverged
+
+    def sizes_of(self, name: str) -> tuple[int, ...]:
+        """The sizes of an arm's models."""
+        raise NotImplementedError
+
+    def middle(self, name: str, size: int) -> float:
+        """Where the sweep of an arm and size is centred; zero where nothing is trained."""
+        raise NotImplementedError
+
+    def _trials(self, powers: dict[tuple[str, int], list[int]]) -> dict[tuple[str, int, int], RunConfig]:
+        """The configs of trials, {(arm, size, power): config}, from the powers of each arm and size."""
+        raise NotImplementedError
+
+    def _judged_by(self, name: str, size: int) -> list[str]:
+        """The members whose mean validation loss judges a trial."""
+        return [f"d{size}"]
+
+    def _of_seeds(self, names: Iterable[str], max_seeds: int | None) -> list[tuple[str, str, RunConfig]]:
+        """The configs of arms over seeds, each with the name that was given and that of its arm."""
+        raise NotImplementedError
+
+    def _before(self, name: str, config: RunConfig) -> tuple[Compared, str]:
+        """Whose arm a run of that arm starts from, and which; none: an empty name."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------ sweeps
+
+    def rate_at(self, name: str, size: int, power: int) -> float:
+        """The learning rate of a trial: the middle of the sweep times `factor` to that power."""
+        return float(f"{self.middle(name, size) * self.factor**power:.2g}")
+
+    def sweep(self, *names: str) -> pd.DataFrame:
+        """Every trial of these arms: arm, d_s, lr, val_loss, best, at_edge, seconds. Trains what is missing."""
+        return sweep_together([(self, names)])[0]
+
+    def _sweeping(self, names: tuple[str, ...]) -> Generator[list[RunConfig], list[Run], pd.DataFrame]:
+        """The same, asking for the runs of its trials, as often as a best one is at an edge."""
+        n_trials, most = self.profile.trials, self.profile.max_trials
+        first = [k - (n_trials - 1) // 2 for k in range(n_trials)]
+        where = [(name, size) for name in names for size in self.sizes_of(name)]
+        powers = {at: first if self.middle(*at) else [0] for at in where}
+        while True:
+            trials = self._trials(powers)
+            unique = {c.key(): c for c in trials.values()}
+            runs = dict(zip(unique, (yield list(unique.values())), strict=True))
+            rows, again = [], False
+            for name, size in where:
+                ks, judges = sorted(k for n, s, k in trials if (n, s) == (name, size)), self._judged_by(name, size)
+                results = {k: runs[trials[name, size, k].key()].result for k in ks}
+                lrs = {k: self.rate_at(name, size, k) for k in ks}
+                losses = {k: sum(found["val"][m] for m in judges) / len(judges) for k, found in results.items()}
+                losses |= {k: math.inf for k, lr in lrs.items() if (name, size, lr) in self._refused}
+                best, edge, further = _found(losses, most if self.middle(name, size) else 1, f"{name}, width {size}")
+                powers[name, size] = ks + further
+                again |= bool(further)
+                for k in ks:
+                    row = dict(arm=name, d_s=size, lr=lrs[k], val_loss=losses[k], best=k == best)
+                    rows.append(row | dict(at_edge=edge and k == best, seconds=results[k]["seconds"]))
+            if not again:
+                table = pd.DataFrame(rows)
+                self._swept |= dict(list(table.groupby("arm", sort=False)))
+                return table
+
+    def trials(self) -> pd.DataFrame:
+        """Every trial so far, of all arms, as `sweep` gives them."""
+        return pd.concat(self._swept.values(), ignore_index=True)
+
+    def rates(self, name: str) -> dict[int, float]:
+        """The best learning rate of an arm by size, from its sweep."""
+        if name not in self._rates:
+            table = self._swept[name] if name in self._swept else self.sweep(name)
+            best = table[table.best]
+            self._rates[name] = dict(zip(best.d_s.tolist(), best.lr.tolist(), strict=True))
+        return self._rates[name]
+
+    # ------------------------------------------------------------------------------------------------- seeds
+
+    def seeds(self, *names: str, max_seeds: int | None = None) -> dict[str, list[Run]]:
+        """The runs of these arms over all seeds (at most `max_seeds`) at their best rates, tested.
+
+        In a `Study`, `universal` stands for the best one a size.
+        """
+        runs = _tested([(self, names)], max_seeds, f"{self.about}seeds of {_words(names)}")
+        result: dict[str, list[Run]] = {name: [] for name in names}
+        for (name, *_), run in zip(self._of_seeds(names, max_seeds), runs, strict=True):
+            result[name].append(run)
+        return result
+
+    def _refuse(self, name: str, config: RunConfig) -> None:
+        """Count the rates of a run that diverged as diverged ones: its own, or those of what it starts from."""
+        whose, start = self._before(name, config)
+        if start and config.start is not None and has_diverged(config.start):
+            whose._refuse(start, config.start)
+            if whose is self:
+                return
+        else:
+            rates = zip(config.sizes or (config.d_source,), config.lr or (config.source_lr,), strict=True)
+            refused = {(name, size, lr) for size, lr in rates} - self._refused
+            for _, size, lr in sorted(refused):
+                seed = f"seed {config.seed} diverged at the rate {lr:g}"
+                print(f"{name}, width {size}: {seed}; all seeds take the best of the others")
+            self._refused |= refused
+        self._choose_anew()
+
+    def _choose_anew(self) -> None:
+        """Sweep again what was swept: other choices hang on what was refused."""
+        names, self._rates, self._swept = tuple(self._swept), {}, {}
+        if names:
+            self.sweep(*names)
+
+
+class Study(Compared):
     """All arms of one profile and one definition of tasks: sweeps, choices, runs over seeds.
 
     `masked`: of the masked family (`masked.py`), whose arms are `MASKED`. `maps`: the form of projections, in all arms
     that do not name a family.
     """
-
-    about = ""  # of its progress
 
     def __init__(
         self,
@@ -219,13 +339,11 @@ class Study:
         masked: bool = False,
         maps: Maps = MAPS,
     ):
-        self.maps, self.profile, self.data = maps, profile, replace(profile.data, tasks=tasks)
+        super().__init__(profile)
+        self.maps, self.data = maps, replace(profile.data, tasks=tasks)
         self.sizes = sizes or profile.sizes
         self.arms, self.family = (MASKED, "masked_") if masked else (EVERY, "")
-        self._rates: dict[str, dict[int, float]] = {}
         self._best: dict[int, str] = {}
-        self._swept: dict[str, pd.DataFrame] = {}
-        self._refused: set[tuple[str, int, float]] = set()  # arm, size and rate at which a seed diverged
 
     # ----------------------------------------------------------------------------------------------- configs
 
@@ -286,102 +404,42 @@ class Study:
         rival = [self.config("universal_film", {s: 1e-2}, self.profile.seeds[0]) for s in self.sizes]
         return round(rival[0].steps * operations(ours) / sum(map(operations, rival)))
 
-    # ------------------------------------------------------------------------------------------------ sweeps
+    # ------------------------------------------------------------------------------------- sweeps and seeds
 
-    def _sizes(self, name: str) -> tuple[int, ...]:
+    def sizes_of(self, name: str) -> tuple[int, ...]:
         if self.arms[name].model == "source":
             return (self.profile.d_source,)
         only = self.arms[name].only
         return self.sizes if only is None else (self.sizes[only],)
 
     def middle(self, name: str, size: int) -> float:
-        """Where the sweep of an arm and size is centred."""
         return at_size(self.arms[name].lr or self.maps.lr, size)
 
-    def _trials(self, name: str, powers: dict[int, list[int]]) -> dict[tuple[int, int], RunConfig]:
-        """{(size, power): config}: rate = middle · FACTOR^power. Projections train all sizes in one run."""
-        seed, arm = self.profile.seeds[0], self.arms[name]
+    def _trials(self, powers: dict[tuple[str, int], list[int]]) -> dict[tuple[str, int, int], RunConfig]:
+        """Projections train all sizes in one run; the source alone is judged by those that start from it."""
+        seed, trials = self.profile.seeds[0], {}
+        for name in dict.fromkeys(name for name, _ in powers):
+            sizes = self.sizes_of(name)
+            if name == "source":
+                (size,), rates = sizes, {s: self.middle("projected", s) for s in self.sizes}
+                control = self.middle("source_control", size)
+                for k in powers[name, size]:
+                    alone = self.rate_at(name, size, k)
+                    trials[name, size, k] = self.config("projected", rates, seed, (alone, control))
+            elif self.arms[name].model == "projectable":
+                for k in sorted({k for s in sizes for k in powers[name, s]}):
+                    config = self.config(name, {s: self.rate_at(name, s, k) for s in sizes}, seed)
+                    trials |= {(name, s, k): config for s in sizes}
+            else:
+                for s in sizes:
+                    rates_at = {k: {s: self.rate_at(name, s, k)} for k in powers[name, s]}
+                    trials |= {(name, s, k): self.config(name, rates, seed) for k, rates in rates_at.items()}
+        return trials
 
-        def rate(size: int, power: int) -> float:
-            return float(f"{self.middle(name, size) * FACTOR**power:.2g}")
-
-        if name == "source":  # judged by the projections that start from it
-            (size,), rates = powers, {s: self.middle("projected", s) for s in self.sizes}
-            control = self.middle("source_control", size)
-            return {(size, k): self.config("projected", rates, seed, (rate(size, k), control)) for k in powers[size]}
-        if arm.model == "projectable":
-            every = sorted({k for ks in powers.values() for k in ks})
-            sizes = self._sizes(name)
-            configs = {k: self.config(name, {s: rate(s, k) for s in sizes}, seed) for k in every}
-            return {(s, k): configs[k] for k in every for s in sizes}
-        return {(s, k): self.config(name, {s: rate(s, k)}, seed) for s, ks in powers.items() for k in ks}
-
-    def sweep(self, *names: str) -> pd.DataFrame:
-        """Every trial of these arms: arm, d_s, lr, val_loss, best, at_edge, seconds. Trains what is missing."""
-        return sweep_together([(self, names)])[0]
-
-    def _sweeping(self, names: tuple[str, ...]) -> Generator[list[RunConfig], list[Run], pd.DataFrame]:
-        """The same, asking for the runs of its trials, as often as a best one is at an edge."""
-        n_trials = self.profile.trials
-        first = [k - (n_trials - 1) // 2 for k in range(n_trials)]
-        powers = {name: {s: first if self.middle(name, s) else [0] for s in self._sizes(name)} for name in names}
-        while True:
-            trials = {name: self._trials(name, powers[name]) for name in names}
-            unique = {c.key(): c for t in trials.values() for c in t.values()}
-            runs = dict(zip(unique, (yield list(unique.values())), strict=True))
-            rows, again = [], False
-            for name in names:
-                whole = self.arms[name].model == "source"
-                for size in self._sizes(name):
-                    judged = [f"d{s}" for s in self.sizes] if name == "source" else ["source" if whole else f"d{size}"]
-                    ks = sorted(k for s, k in trials[name] if s == size)
-                    found = {k: runs[trials[name][size, k].key()] for k in ks}
-                    losses = {k: sum(r.result["val"][m] for m in judged) / len(judged) for k, r in found.items()}
-                    lrs = {k: self._rate(name, trials[name][size, k], size) for k in ks}
-                    losses |= {k: math.inf for k, lr in lrs.items() if (name, size, lr) in self._refused}
-                    most = self.profile.max_trials if self.middle(name, size) else 1
-                    best, edge, further = _found(losses, most, f"{name}, width {size}")
-                    powers[name][size] = ks + further
-                    again |= bool(further)
-                    for k in ks:
-                        row = dict(arm=name, d_s=size, lr=lrs[k], val_loss=losses[k], best=k == best)
-                        rows.append(row | dict(at_edge=edge and k == best, seconds=found[k].result["seconds"]))
-            if not again:
-                table = pd.DataFrame(rows)
-                self._swept |= dict(list(table.groupby("arm", sort=False)))
-                return table
-
-    def _rate(self, name: str, config: RunConfig, size: int) -> float:
-        """The learning rate of a trial of that arm and size."""
-        if self.arms[name].model != "source":
-            return dict(zip(config.sizes, config.lr, strict=True))[size]
-        projected = config.model.endswith("projectable")  # by which a source alone is judged
-        return (config.start if projected and config.start else config).source_lr
-
-    def _refuse(self, name: str, config: RunConfig) -> None:
-        """Count the rates of a run that diverged as diverged ones: its own, or those of what it starts from."""
-        start = self.arms[name].start
-        if start and config.start is not None and has_diverged(config.start):
-            return self._refuse(self.best_universal(*config.sizes) if start == "universal" else start, config.start)
-        sizes = config.sizes or (config.d_source,)
-        refused = {(name, size, self._rate(name, config, size)) for size in sizes}
-        _say_refused(refused - self._refused, config.seed)
-        self._refused |= refused
-        names, self._rates, self._best, self._swept = tuple(self._swept), {}, {}, {}
-        if names:
-            self.sweep(*names)  # what was chosen by it, too
-
-    def trials(self) -> pd.DataFrame:
-        """Every trial so far, of all arms, as `sweep` gives them."""
-        return pd.concat(self._swept.values(), ignore_index=True)
-
-    def rates(self, name: str) -> dict[int, float]:
-        """The best learning rate of an arm by size, from its sweep."""
-        if name not in self._rates:
-            table = self._swept[name] if name in self._swept else self.sweep(name)
-            best = table[table.best]
-            self._rates[name] = dict(zip(best.d_s.tolist(), best.lr.tolist(), strict=True))
-        return self._rates[name]
+    def _judged_by(self, name: str, size: int) -> list[str]:
+        if name == "source":
+            return [f"d{s}" for s in self.sizes]
+        return ["source" if self.arms[name].model == "source" else f"d{size}"]
 
     def best_universal(self, size: int) -> str:
         """The conditioning with the lowest validation loss at that size."""
@@ -391,17 +449,7 @@ class Study:
             self._best = dict(zip(best.d_s.tolist(), best.arm.tolist(), strict=True))
         return self._best[size]
 
-    # ------------------------------------------------------------------------------------------------- seeds
-
-    def seeds(self, *names: str, max_seeds: int | None = None) -> dict[str, list[Run]]:
-        """The runs of these arms over all seeds (at most `max_seeds`) at their best rates, tested.
-
-        `universal` stands for the best one a size.
-        """
-        return _runs_of(self, names, max_seeds)
-
     def _of_seeds(self, names: Iterable[str], max_seeds: int | None) -> list[tuple[str, str, RunConfig]]:
-        """Their configs, each with the name that was given and that of its arm."""
         configs: list[tuple[str, str, RunConfig]] = []
         for name in names:
             if name == "universal":
@@ -415,22 +463,21 @@ class Study:
             configs += [(name, arm, self.config(arm, rates, seed)) for seed in seeds for arm, rates in parts]
         return configs
 
+    def _before(self, name: str, config: RunConfig) -> tuple[Compared, str]:
+        start = self.arms[name].start
+        return self, self.best_universal(*config.sizes) if start == "universal" else start
 
-def _runs_of(study: Study | Scarce, names: Sequence[str], max_seeds: int | None) -> dict[str, list[Run]]:
-    """The runs of these arms over seeds, tested."""
-    runs = _tested([(study, names)], max_seeds, f"{study.about}seeds of {_words(tuple(names))}")
-    result: dict[str, list[Run]] = {name: [] for name in names}
-    for (name, *_), run in zip(study._of_seeds(names, max_seeds), runs, strict=True):
-        result[name].append(run)
-    return result
+    def _choose_anew(self) -> None:
+        self._best = {}
+        super()._choose_anew()
 
 
-def seeds_together(wanted: Sequence[tuple[Study | Scarce, Iterable[str]]], max_seeds: int = 3) -> None:
+def seeds_together(wanted: Sequence[tuple[Compared, Iterable[str]]], max_seeds: int = 3) -> None:
     """Train and test what `seeds` gives of each study and the names of its arms, side by side: it finds them then."""
     _tested(wanted, max_seeds, f"seeds of {len(wanted)} studies")
 
 
-def _tested(wanted: Sequence[tuple[Study | Scarce, Iterable[str]]], max_seeds: int | None, words: str) -> list[Run]:
+def _tested(wanted: Sequence[tuple[Compared, Iterable[str]]], max_seeds: int | None, words: str) -> list[Run]:
     """The runs of these studies' arms over seeds. Where one diverges all are chosen anew, its rate left out."""
     while True:
         asked = [(study, *found[1:]) for study, names in wanted for found in study._of_seeds(names, max_seeds)]
@@ -442,12 +489,7 @@ def _tested(wanted: Sequence[tuple[Study | Scarce, Iterable[str]]], max_seeds: i
             study._refuse(arm, config)
 
 
-def _say_refused(refused: set[tuple[str, int, float]], seed: int) -> None:
-    for name, size, lr in sorted(refused):
-        print(f"{name}, width {size}: seed {seed} diverged at the rate {lr:g}; all seeds take the best of the others")
-
-
-def sweep_together(wanted: Sequence[tuple[Study | Scarce, Iterable[str]]]) -> list[pd.DataFrame]:
+def sweep_together(wanted: Sequence[tuple[Compared, Iterable[str]]]) -> list[pd.DataFrame]:
     """What `sweep` gives of each study and the names of its arms.
 
     Trained side by side, so that no core waits for the last trial of one.
@@ -520,18 +562,19 @@ FEW_IMAGES = {
 }
 
 
-class Scarce:
+class Scarce(Compared):
     """New tasks with n images of each, after a study of others: the arms of `FEW_IMAGES`, swept and run over seeds.
 
     Sweeps start with `profile.trials` rates a factor 3 apart and go on beyond an edge, as those of a `Study` do.
     A seed also draws the images; a fifth of them, at least one a task, choose the step and the learning rate.
     """
 
+    factor = 3.0
+
     def __init__(self, study: Study, tasks: str, n: int, steps: int):
+        super().__init__(study.profile)
         self.study, self.tasks, self.n, self.steps = study, tasks, n, steps
         self.about = f"{n} images of a new task, "
-        self._rates: dict[tuple[str, int], float] = {}
-        self._refused: set[tuple[str, int, float]] = set()  # arm, size and rate at which a seed diverged
 
     def _base(self, name: str, size: int, seed: int) -> RunConfig | None:
         if not name:
@@ -542,8 +585,7 @@ class Scarce:
         one = self.study.arms[name].model != "projectable"
         return self.study.config(name, {size: rates[size]} if one else rates, seed)
 
-    def sizes(self, name: str) -> tuple[int, ...]:
-        """The sizes of an arm's models."""
+    def sizes_of(self, name: str) -> tuple[int, ...]:
         base = self.study.arms.get(FEW_IMAGES[name].base)
         return (self.study.profile.d_source,) if base and base.model == "source" else self.study.sizes
 
@@ -552,8 +594,8 @@ class Scarce:
         arm, p = FEW_IMAGES[name], self.study.profile
         start = self._base(arm.base, size, seed)
         if arm.after:
-            before = size if size in self.sizes(arm.after) else p.d_source
-            start = self.config(arm.after, before, self.rate(arm.after, before), seed)
+            before = size if size in self.sizes_of(arm.after) else p.d_source
+            start = self.config(arm.after, before, self.rates(arm.after)[before], seed)
         steps = self.steps if arm.lr else 1  # one at a rate of zero
         return RunConfig(
             arm.model,
@@ -574,76 +616,37 @@ class Scarce:
             start=start,
         )
 
-    def sweep(self, *names: str) -> pd.DataFrame:
-        """Every trial of these arms: arm, n, d_s, lr, val_loss, best, at_edge. Trains what is missing."""
-        return sweep_together([(self, names)])[0]
-
     def _sweeping(self, names: tuple[str, ...]) -> Generator[list[RunConfig], list[Run], pd.DataFrame]:
-        """The same, asking for the runs of its trials; first for those of what these arms start from."""
-        p, arms = self.study.profile, [FEW_IMAGES[name] for name in names]
+        """First those of what these arms start from; the table says `n`, too."""
+        arms = [FEW_IMAGES[name] for name in names]
         bases = chain(*(UNIVERSALS if arm.base == "universal" else [arm.base] for arm in arms if arm.base))
         if missing := tuple(b for b in dict.fromkeys(bases) if b not in self.study._swept):
             yield from self.study._sweeping(missing)
-        known = {name for name, _ in self._rates}
-        if before := tuple(b for b in dict.fromkeys(arm.after for arm in arms) if b and b not in known):
+        if before := tuple(b for b in dict.fromkeys(arm.after for arm in arms) if b and b not in self._swept):
             yield from self._sweeping(before)
-        first = [k - (p.trials - 1) // 2 for k in range(p.trials)]
-        powers = {(name, s): first if FEW_IMAGES[name].lr else [0] for name in names for s in self.sizes(name)}
-        while True:
-            where = [(name, size, k) for (name, size), ks in powers.items() for k in sorted(ks)]
-            rates = {trial: self._rate_at(*trial) for trial in where}
-            configs = [self.config(name, s, rates[name, s, k], p.seeds[0]) for name, s, k in where]
-            runs = dict(zip(where, (yield configs), strict=True))
-            rows, again = [], False
-            for (name, s), ks in powers.items():
-                losses = {k: runs[name, s, k].result["val"][f"d{s}"] for k in sorted(ks)}
-                losses |= {k: math.inf for k in losses if (name, s, rates[name, s, k]) in self._refused}
-                most = p.max_trials if FEW_IMAGES[name].lr else 1
-                best, edge, further = _found(losses, most, f"{name}, width {s}")
-                powers[name, s] = ks + further
-                again |= bool(further)
-                for k, loss in losses.items():
-                    row = dict(arm=name, n=self.n, d_s=s, lr=rates[name, s, k], val_loss=loss, best=k == best)
-                    rows.append(row | dict(at_edge=edge and k == best))
-            if not again:
-                self._rates |= {(row["arm"], row["d_s"]): row["lr"] for row in rows if row["best"]}
-                return pd.DataFrame(rows)
+        table = yield from super()._sweeping(names)
+        table.insert(1, "n", self.n)
+        return table
 
-    def _rate_at(self, name: str, size: int, power: int) -> float:
+    def middle(self, name: str, size: int) -> float:
         lr = FEW_IMAGES[name].lr
-        if not lr:
-            return 0.0
-        return float(f"{at_size(lr, size) * 3.0**power:.2g}")
+        return at_size(lr, size) if lr else 0.0
 
-    def rate(self, name: str, size: int) -> float:
-        """The best learning rate of an arm and size, from its sweep."""
-        if (name, size) not in self._rates:
-            self.sweep(name)
-        return self._rates[name, size]
-
-    def seeds(self, *names: str, max_seeds: int = 3) -> dict[str, list[Run]]:
-        """The runs of these arms and all sizes over seeds, tested."""
-        return _runs_of(self, names, max_seeds)
+    def _trials(self, powers: dict[tuple[str, int], list[int]]) -> dict[tuple[str, int, int], RunConfig]:
+        where = [(name, size, k) for (name, size), ks in powers.items() for k in sorted(ks)]
+        rates, seed = {at: self.rate_at(*at) for at in where}, self.profile.seeds[0]
+        return {(name, s, k): self.config(name, s, rates[name, s, k], seed) for name, s, k in where}
 
     def _of_seeds(self, names: Iterable[str], max_seeds: int | None) -> list[tuple[str, str, RunConfig]]:
-        """Their configs, each with the name of its arm, twice, as those of a `Study`."""
-        seeds = self.study.profile.seeds[:max_seeds]
-        where = [(name, seed, s) for name in names for seed in seeds for s in self.sizes(name)]
-        return [(name, name, self.config(name, s, self.rate(name, s), seed)) for name, seed, s in where]
+        seeds = self.profile.seeds[:max_seeds]
+        where = [(name, seed, s) for name in names for seed in seeds for s in self.sizes_of(name)]
+        return [(name, name, self.config(name, s, self.rates(name)[s], seed)) for name, seed, s in where]
 
-    def _refuse(self, name: str, config: RunConfig) -> None:
-        """As that of a `Study`; what it starts from may be a run of the study."""
+    def _before(self, name: str, config: RunConfig) -> tuple[Compared, str]:
         arm, (size,) = FEW_IMAGES[name], config.sizes
-        if config.start is not None and has_diverged(config.start):
-            if arm.after:
-                return self._refuse(arm.after, config.start)
-            self._rates = {}
-            base = self.study.best_universal(size) if arm.base == "universal" else arm.base
-            return self.study._refuse(base, config.start)
-        refused = {(name, size, config.lr[0])}
-        _say_refused(refused - self._refused, config.seed)
-        self._refused |= refused
-        self._rates = {}
+        if arm.after:
+            return self, arm.after
+        return self.study, self.study.best_universal(size) if arm.base == "universal" else arm.base
 
 
 def _found(losses: dict[int, float], most: int, whose: str) -> tuple[int, bool, list[int]]:

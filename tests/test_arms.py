@@ -184,9 +184,9 @@ def test_a_rate_of_new_tasks_at_which_a_seed_diverges_is_left_out(study):
     study.loss = lambda config, member: bowl((*config.lr, config.source_lr)[0] or 1.0, 0.06)
     study.diverges = lambda config: config.model == "specialists" and config.seed == 1 and config.lr[0] > 0.05
     scarce = Scarce(study, "heldout20", 5, 20)
-    assert scarce.rate("scratch", 8) == 0.06
+    assert scarce.rates("scratch")[8] == 0.06
     runs = scarce.seeds("scratch")["scratch"]
-    assert {r.config.lr[0] for r in runs if r.config.sizes == (8,)} == {0.02} == {scarce.rate("scratch", 8)}
+    assert {r.config.lr[0] for r in runs if r.config.sizes == (8,)} == {0.02} == {scarce.rates("scratch")[8]}
     study.diverges = lambda config: (
         bool(config.start)
         and study.diverges(config.start)
@@ -351,7 +351,7 @@ def test_a_few_images_of_new_tasks_choose_their_own_rate(study):
     trials = scarce.sweep("scratch")
     eight = trials[trials.d_s == 8]
     assert eight.lr.tolist() == pytest.approx([0.0067, 0.02, 0.06, 0.18, 0.54, 1.6]), "on, until the best is inside"
-    assert eight.lr[eight.best].tolist() == [0.54] and not eight.at_edge.any() and scarce.rate("scratch", 8) == 0.54
+    assert eight.lr[eight.best].tolist() == [0.54] and not eight.at_edge.any() and scarce.rates("scratch")[8] == 0.54
     config = scarce.config("scratch", 8, 0.06, seed=1)
     assert config.data.tasks == "heldout20-few5-s1" and config.seed == 1 and config.start is None
     assert DIGITS.dataset == config.data.dataset
