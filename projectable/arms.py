@@ -482,7 +482,7 @@ def _tested(wanted: Sequence[tuple[Compared, Iterable[str]]], max_seeds: int | N
     while True:
         asked = [(study, *found[1:]) for study, names in wanted for found in study._of_seeds(names, max_seeds)]
         runs = run_many([config for *_, config in asked], words, test=True, diverging=True)
-        diverged = [found for found in asked if has_diverged(found[-1])]
+        diverged = [found for found, run in zip(asked, runs, strict=True) if run.has_diverged]
         if not diverged:
             return runs
         for study, arm, config in diverged:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -16,10 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .baselines import Model
-from .experiment import Run
+from .experiment import Run, workers
 from .projection import Projectable
 from .tasks import TaskData
 from .transformer import forward, task_losses
+
+
+def side_by_side(function: Callable, things: Iterable) -> list:
+    """A function of each, in order, at once on the machine's cores: for what works on one, as small models do."""
+    with ThreadPoolExecutor(workers()) as pool:
+        return list(pool.map(function, things))
 
 
 def loss_table(runs: dict[str, list[Run]], data: TaskData) -> pd.DataFrame:

@@ -84,6 +84,16 @@ def _strings(value) -> Iterator[str]:
             yield from _strings(part)
 
 
+_words: dict[str, tuple[str, ...]] = {}
+
+
+def _words_of(config: RunConfig) -> tuple[str, ...]:
+    """All strings in a config, found once."""
+    if config.key() not in _words:
+        _words[config.key()] = tuple(_strings(asdict(config)))
+    return _words[config.key()]
+
+
 def _content(config: DataConfig) -> str:
     """What data depend on that may change without their config: images in a folder, texts of installed packages."""
     return text.versions() if config.dataset == "text" else content_key(config.dataset)
@@ -98,7 +108,7 @@ def _run_code(config: RunConfig) -> str:
     """A hash of what decides the numbers of a run beside its config: data, model, training, and those of its start."""
     decide = [untrained, train, RunConfig.shape, RunConfig.rates, make_tasks]
     code = _content(config.data)
-    code += fingerprint(decide, _strings(asdict(config)), dict(config.options))
+    code += fingerprint(decide, _words_of(config), dict(config.options))
     return code + _run_code(config.start) if config.start is not None else code
 
 
@@ -330,13 +340,22 @@ class Run:
     config: RunConfig
     folder: Path
 
+    def is_done(self, test: bool = False) -> bool:
+        """Whether it is finished; with `test` also tested."""
+        return all((self.folder / name).exists() for name in ("result.json", "test.json")[: 1 + test])
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether its training, or that of what it starts from, was tried and diverged."""
+        return (self.folder / "diverged.json").exists()
+
     @cached_property
     def result(self) -> dict:
         """val (nats per token by member), best_step, seconds, device, commit, n_parameters.
 
         Of a run that diverged: val, infinite for all members, and seconds, not known.
         """
-        if (self.folder / "diverged.json").exists():
+        if self.has_diverged:
             return dict(val=dict.fromkeys(self.config.rates(), math.inf), seconds=math.nan)
         return read_json(self.folder / "result.json")
 
@@ -386,12 +405,12 @@ def folder_of(config: RunConfig) -> Path:
 
 def is_done(config: RunConfig) -> bool:
     """Whether the run is finished."""
-    return (folder_of(config) / "result.json").exists()
+    return Run(config, folder_of(config)).is_done()
 
 
 def has_diverged(config: RunConfig) -> bool:
     """Whether its training, or that of what it starts from, was tried and diverged."""
-    return (folder_of(config) / "diverged.json").exists()
+    return Run(config, folder_of(config)).has_diverged
 
 
 def run(
@@ -558,11 +577,10 @@ def run_many(
     from tqdm import tqdm
 
     executor = os.environ.get("PROJECTABLE_EXECUTOR", "") if executor is None else executor
-    todo = {folder_of(c): c for c in configs if not is_done(c) or test and not (folder_of(c) / "test.json").exists()}
-    if diverging:
-        todo = {folder: c for folder, c in todo.items() if not has_diverged(c)}
+    runs = [Run(c, folder_of(c)) for c in configs]
+    todo = {r.folder: r.config for r in runs if not r.is_done(test) and not (diverging and r.has_diverged)}
     if not todo:
-        return [Run(c, folder_of(c)) for c in configs]
+        return runs
     parents = [c.start for c in todo.values() if c.start is not None and not is_done(c) and not is_done(c.start)]
     if parents:
         unique = list({folder_of(c): c for c in parents}.values())
@@ -581,7 +599,7 @@ def run_many(
         _pool.cache_clear()  # a worker was killed: the next call starts new ones
     if errors and not (diverging and all(is_done(c) or has_diverged(c) for c in order)):
         raise errors[0]
-    return [Run(c, folder_of(c)) for c in configs]
+    return runs
 
 
 def _in_turn(order: list[RunConfig], test: bool, bar) -> list[Exception]:

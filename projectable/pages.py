@@ -11,6 +11,7 @@ import base64
 import io
 import math
 import re
+from functools import cache
 from pathlib import Path
 
 TEMPLATES = Path(__file__).parent / "page"
@@ -151,8 +152,12 @@ def interval(claim: dict) -> str:
 
 def data_uri(png: Path, width: int | None = None) -> str | None:
     """A picture as an address that holds it, scaled down to `width` pixels; None without such a file."""
-    if not png.exists():
-        return None
+    return _encoded(png, width, png.stat().st_mtime_ns) if png.exists() else None
+
+
+@cache
+def _encoded(png: Path, width: int | None, changed: int) -> str:
+    """The same, made once: the index is written twice a notebook."""
     data = png.read_bytes()
     if width:
         from PIL import Image

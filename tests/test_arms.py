@@ -32,7 +32,7 @@ def study(monkeypatch):
         for config in configs:
             members = [f"d{s}" for s in config.sizes] + ["source"]
             result = {"val": {m: found.loss(config, m) for m in members}, "seconds": 1.0}
-            runs.append(SimpleNamespace(config=config, result=result))
+            runs.append(SimpleNamespace(config=config, result=result, has_diverged=found.diverges(config)))
         return runs
 
     monkeypatch.setattr(arms, "run_many", run_many)
