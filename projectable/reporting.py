@@ -321,7 +321,9 @@ def _runs_since(clock: float) -> int:
     """How many runs were finished since that time (seconds since the epoch)."""
     from .experiment import runs_dir
 
-    return sum(result.stat().st_mtime >= clock for result in runs_dir().glob("*/result.json"))
+    changed = [folder for folder in runs_dir().glob("*") if folder.stat().st_mtime >= clock]  # a few of thousands
+    results = [folder / "result.json" for folder in changed]
+    return sum(result.exists() and result.stat().st_mtime >= clock for result in results)
 
 
 def render(path: Path, status: Status, among: list[str] | None = None) -> None:
