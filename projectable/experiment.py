@@ -359,6 +359,11 @@ class Run:
             return dict(val=dict.fromkeys(self.config.rates(), math.inf), seconds=math.nan)
         return read_json(self.folder / "result.json")
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """Which commit trained it, and on what device: as claims about it say."""
+        return {name: self.result[name] for name in ("commit", "device")}
+
     @cached_property
     def history(self) -> list[dict]:
         """Rows of step, member, split, loss."""

@@ -31,7 +31,8 @@ from typing import Any
 
 from projectable import pages
 from projectable.pages import ReportError, check_parameters, notebook_title, read_notebook
-from projectable.storage import current_commit, device, draft_of, end_with_parent, root, write_atomically
+from projectable.storage import current_commit, draft_of, end_with_parent, root, write_atomically
+from projectable.storage import device as this_device
 
 PROFILES = ("smoke", "laptop", "gpu")
 VERDICTS = ("reproduced", "not reproduced", "inconclusive")
@@ -136,14 +137,15 @@ class Report:
         tasks: int,
         verdict: str,
         commit: str | None = None,
+        device: str | None = None,
     ) -> None:
-        """Record what was found about a claim; `commit` is the one that trained, if not the present one."""
+        """Record what was found about a claim; `commit` and `device`: what trained, if not the present ones."""
         if verdict not in VERDICTS:
             raise ValueError(f"unknown verdict {verdict!r} for claim {id!r}; allowed: {', '.join(VERDICTS)}")
         statistic = f"{statistic}; {self.note}" if self.note else statistic
         found = {"statistic": statistic, "value": value, "ci_low": ci_low, "ci_high": ci_high}
         found |= {"seeds": seeds, "tasks": tasks, "verdict": verdict}
-        run = {"profile": self.profile, "device": device(), "commit": commit or current_commit()}
+        run = {"profile": self.profile, "device": device or this_device(), "commit": commit or current_commit()}
         record = {"id": id, "claim": claim, **found, **run, "notebook": self.notebook}
         self.claims = [old for old in self.claims if old["id"] != id] + [_plain(record)]
         self.close()
@@ -294,7 +296,7 @@ def run_notebook(path: Path, profile: str, parameters: dict | None = None) -> St
     parameters = {"profile": profile} | (parameters or {})
     check_parameters(path, parameters)
     executed = build_dir(profile) / path.name
-    status = Status(path.stem, notebook_title(path), profile, "running", device=device(), commit=current_commit())
+    status = Status(path.stem, notebook_title(path), profile, "running", device=this_device(), commit=current_commit())
     status.write()
     build_index(profile)
     executed.unlink(missing_ok=True)

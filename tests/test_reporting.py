@@ -40,7 +40,7 @@ report = Report("00_good", profile)
 figure = Figure(); figure.subplots().plot([1, 2])
 report.figure("curve", figure, "A line.")
 report.claim("c1", "Small is <beautiful>", statistic="gap", value=0.5, ci_low=0.4, ci_high=0.6,
-             seeds=seeds, tasks=10, verdict="reproduced", commit="abc1234")
+             seeds=seeds, tasks=10, verdict="reproduced", commit="abc1234", device="cuda: far away")
 report.record("gap", 0.5)
 print("10 %\\r20 %\\r100 %", file=sys.stderr)
 report.table("numbers", pd.DataFrame({"arm": ["a"], "loss": [1.23456]}), "Numbers")
@@ -199,7 +199,7 @@ def test_results_are_data(ran):
     assert json.loads((reports / "results/00_good.json").read_text()) == {"gap": 0.5}
     (claim,) = json.loads((reports / "claims.json").read_text())
     assert claim["notebook"] == "00_good" and claim["profile"] == "smoke" and claim["commit"] == "abc1234"
-    assert claim["device"].startswith(("cpu", "cuda"))
+    assert claim["device"] == "cuda: far away", "of what trained, not of what renders"
 
 
 def test_index_lists_claims_and_notebooks(ran):
