@@ -38,7 +38,7 @@ class Conditioning(nn.Module):
     """The contract: `forward(task_ids (T,)) -> z (T, z_dim)`; a task's vector depends on no other task of the call."""
 
     needs: tuple[str, ...] = ()  # what has to be told about the tasks: names of the constructor's arguments
-    draws = False  # random numbers in a step of training
+    draws = False  # random numbers on the CPU in a step of training, which is no CUDA graph then
 
     def __init__(self, n_tasks: int, z_dim: int):
         super().__init__()

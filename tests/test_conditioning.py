@@ -56,6 +56,12 @@ class TestEveryConditioning:
             drawn.append(torch.stack([conditioning(torch.arange(T)) for _ in range(3)]))
         assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
+    def test_it_says_whether_it_draws(self, name, told):
+        """On a GPU a step of training is recorded once: what draws on the CPU can't be."""
+        conditioning = made(name, told)
+        z, *others = (conditioning(torch.arange(T)) for _ in range(9))
+        assert conditioning.draws == any(not torch.equal(z, other) for other in others)
+
     def test_state_dict_restores_it(self, name, told):
         conditioning, other = randomise(made(name, told)).eval(), made(name, told, seed=1).eval()
         other.load_state_dict(conditioning.state_dict())
