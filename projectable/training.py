@@ -327,8 +327,8 @@ class Team:
 def cuda_graph(model: Model) -> Losses:
     """`model.losses` with its gradients as a CUDA graph: hundreds of small kernels are launched at once.
 
-    Captured at the first call, for steps of that shape; not under autocast. Not for a model that draws random numbers on
-    the CPU: they could be captured once only.
+    Captured at the first call, for steps of that shape; not under autocast. Not for a model that draws random numbers
+    on the CPU: they could be captured once only.
     """
     graph: Any = None
 
