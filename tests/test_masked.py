@@ -172,8 +172,8 @@ def test_a_run_learns_and_is_found_again(digits, tmp_path):
 def test_a_masked_study_has_the_same_arms():
     study = Study(get_profile("smoke"), masked=True)
     for name in MASKED:
-        config = study.config(name, dict.fromkeys(study._sizes(name), 1e-2), 0, (1e-2, 1e-2))
-        usual = Study(get_profile("smoke")).config(name, dict.fromkeys(study._sizes(name), 1e-2), 0, (1e-2, 1e-2))
+        config = study.config(name, dict.fromkeys(study.sizes_of(name), 1e-2), 0, (1e-2, 1e-2))
+        usual = Study(get_profile("smoke")).config(name, dict.fromkeys(study.sizes_of(name), 1e-2), 0, (1e-2, 1e-2))
         start = usual.start and usual.start.with_(model="masked_source")
         assert config == usual.with_(model=f"masked_{usual.model}", start=start)
         assert experiment.operations(config) == experiment.operations(usual)
