@@ -2,10 +2,11 @@
 
 Rules, alike for all arms: the trials of a sweep are full-length runs of the first seed, `profile.trials` of them a
 size, a factor 2 apart; where the best is at an edge, the sweep goes on beyond it. The rate with the lowest validation
-loss is used for every seed; a trial that diverges has an infinite one, and so has a rate at which another seed does:
-then all seeds are run anew at the best of the others. A choice between variants (the best conditioning) is made on
-validation images, too. What the source learns alone is a beginning: its rate there is the one
-after which projections come out best, all sizes together, with the rates in the middle of their own sweep.
+loss is used for every seed; a trial that diverges has an infinite one, and so has a rate at which another of the seeds
+that are asked for does (in a run of several sizes the rates of all): then all seeds are run anew at the best of the
+others. A choice between variants (the best conditioning) is made on validation images, too. What the source learns
+alone is a beginning: its rate there is the one after which projections come out best, all sizes together, with the
+rates in the middle of their own sweep.
 """
 
 from __future__ import annotations
@@ -212,6 +213,7 @@ class Compared:
         self.profile = profile
         self._rates: dict[str, dict[int, float]] = {}
         self._swept: dict[str, pd.DataFrame] = {}
+        self._about_rows: dict[str, int] = {}  # what every row of a table of trials says, too
         self._refused: set[tuple[str, int, float]] = set()  # arm, size and rate at which a seed diverged
 
     def sizes_of(self, name: str) -> tuple[int, ...]:
@@ -269,7 +271,8 @@ class Compared:
                 powers[name, size] = ks + further
                 again |= bool(further)
                 for k in ks:
-                    row = dict(arm=name, d_s=size, lr=lrs[k], val_loss=losses[k], best=k == best)
+                    row = dict(arm=name) | self._about_rows
+                    row |= dict(d_s=size, lr=lrs[k], val_loss=losses[k], best=k == best)
                     rows.append(row | dict(at_edge=edge and k == best, seconds=results[k]["seconds"]))
             if not again:
                 table = pd.DataFrame(rows)
@@ -301,27 +304,24 @@ class Compared:
             result[name].append(run)
         return result
 
-    def _refuse(self, name: str, config: RunConfig) -> None:
-        """Count the rates of a run that diverged as diverged ones: its own, or those of what it starts from."""
+    def _blamed(self, name: str, config: RunConfig) -> list[tuple[Compared, str, int, float, int]]:
+        """Whose arm, size, rate and seed a run diverged by: its own, for all its sizes, or those of its start."""
         whose, start = self._before(name, config)
         if start and config.start is not None and has_diverged(config.start):
-            whose._refuse(start, config.start)
-            if whose is self:
-                return
-        else:
-            rates = zip(config.sizes or (config.d_source,), config.lr or (config.source_lr,), strict=True)
-            refused = {(name, size, lr) for size, lr in rates} - self._refused
-            for _, size, lr in sorted(refused):
-                seed = f"seed {config.seed} diverged at the rate {lr:g}"
-                print(f"{name}, width {size}: {seed}; all seeds take the best of the others")
-            self._refused |= refused
-        self._choose_anew()
+            return whose._blamed(start, config.start)
+        rates = zip(config.sizes or (config.d_source,), config.lr or (config.source_lr,), strict=True)
+        return [(self, name, size, lr, config.seed) for size, lr in rates]
 
-    def _choose_anew(self) -> None:
-        """Sweep again what was swept: other choices hang on what was refused."""
+    def _refuse(self, name: str, size: int, lr: float, seed: int) -> None:
+        """Count that rate as one that diverges."""
+        if (name, size, lr) not in self._refused:
+            print(f"{name}, width {size}: seed {seed} diverged at {lr:g}; all seeds take the best of the other rates")
+        self._refused.add((name, size, lr))
+
+    def _forget(self) -> tuple[str, ...]:
+        """Forget what was chosen; the arms that were swept."""
         names, self._rates, self._swept = tuple(self._swept), {}, {}
-        if names:
-            self.sweep(*names)
+        return names
 
 
 class Study(Compared):
@@ -467,9 +467,9 @@ class Study(Compared):
         start = self.arms[name].start
         return self, self.best_universal(*config.sizes) if start == "universal" else start
 
-    def _choose_anew(self) -> None:
+    def _forget(self) -> tuple[str, ...]:
         self._best = {}
-        super()._choose_anew()
+        return super()._forget()
 
 
 def seeds_together(wanted: Sequence[tuple[Compared, Iterable[str]]], max_seeds: int = 3) -> None:
@@ -479,14 +479,20 @@ def seeds_together(wanted: Sequence[tuple[Compared, Iterable[str]]], max_seeds: 
 
 def _tested(wanted: Sequence[tuple[Compared, Iterable[str]]], max_seeds: int | None, words: str) -> list[Run]:
     """The runs of these studies' arms over seeds. Where one diverges all are chosen anew, its rate left out."""
+    wanted = [(study, tuple(names)) for study, names in wanted]
     while True:
         asked = [(study, *found[1:]) for study, names in wanted for found in study._of_seeds(names, max_seeds)]
         runs = run_many([config for *_, config in asked], words, test=True, diverging=True)
         diverged = [found for found, run in zip(asked, runs, strict=True) if run.has_diverged]
         if not diverged:
             return runs
-        for study, arm, config in diverged:
-            study._refuse(arm, config)
+        blamed = list(
+            chain(*(study._blamed(arm, config) for study, arm, config in diverged))
+        )  # by what was chosen so far
+        for whose, arm, size, lr, seed in blamed:
+            whose._refuse(arm, size, lr, seed)
+        again = dict.fromkeys([*(whose for whose, *_ in blamed), *(study for study, _ in wanted)])
+        sweep_together([(study, names) for study in again if (names := study._forget())])
 
 
 def sweep_together(wanted: Sequence[tuple[Compared, Iterable[str]]]) -> list[pd.DataFrame]:
@@ -574,7 +580,7 @@ class Scarce(Compared):
     def __init__(self, study: Study, tasks: str, n: int, steps: int):
         super().__init__(study.profile)
         self.study, self.tasks, self.n, self.steps = study, tasks, n, steps
-        self.about = f"{n} images of a new task, "
+        self.about, self._about_rows = f"{n} images of a new task, ", dict(n=n)
 
     def _base(self, name: str, size: int, seed: int) -> RunConfig | None:
         if not name:
@@ -617,16 +623,14 @@ class Scarce(Compared):
         )
 
     def _sweeping(self, names: tuple[str, ...]) -> Generator[list[RunConfig], list[Run], pd.DataFrame]:
-        """First those of what these arms start from; the table says `n`, too."""
+        """First those of what these arms start from."""
         arms = [FEW_IMAGES[name] for name in names]
         bases = chain(*(UNIVERSALS if arm.base == "universal" else [arm.base] for arm in arms if arm.base))
         if missing := tuple(b for b in dict.fromkeys(bases) if b not in self.study._swept):
             yield from self.study._sweeping(missing)
         if before := tuple(b for b in dict.fromkeys(arm.after for arm in arms) if b and b not in self._swept):
             yield from self._sweeping(before)
-        table = yield from super()._sweeping(names)
-        table.insert(1, "n", self.n)
-        return table
+        return (yield from super()._sweeping(names))
 
     def middle(self, name: str, size: int) -> float:
         lr = FEW_IMAGES[name].lr

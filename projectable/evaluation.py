@@ -25,9 +25,18 @@ from .transformer import forward, task_losses
 
 
 def side_by_side(function: Callable, things: Iterable) -> list:
-    """A function of each, in order, at once on the machine's cores: for what works on one, as small models do."""
-    with ThreadPoolExecutor(workers()) as pool:
+    """A function of each, in order, at once on the machine's cores: for what works on one, as small models do.
+
+    In threads: whoever wants no gradients says so within the function.
+    """
+    with ThreadPoolExecutor(workers(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(function, things))
+
+
+def origin(runs: dict[str, list[Run]]) -> dict[str, str]:
+    """Which commits trained these runs, and on what devices: as claims about them say."""
+    found = [run.result for group in runs.values() for run in group]
+    return {name: ", ".join(dict.fromkeys(result[name] for result in found)) for name in ("commit", "device")}
 
 
 def loss_table(runs: dict[str, list[Run]], data: TaskData) -> pd.DataFrame:

@@ -359,11 +359,6 @@ class Run:
             return dict(val=dict.fromkeys(self.config.rates(), math.inf), seconds=math.nan)
         return read_json(self.folder / "result.json")
 
-    @property
-    def origin(self) -> dict[str, str]:
-        """Which commit trained it, and on what device: as claims about it say."""
-        return {name: self.result[name] for name in ("commit", "device")}
-
     @cached_property
     def history(self) -> list[dict]:
         """Rows of step, member, split, loss."""
@@ -602,7 +597,7 @@ def run_many(
         bar.update(bar.total - bar.n)
     if any(isinstance(error, BrokenProcessPool) for error in errors):
         _pool.cache_clear()  # a worker was killed: the next call starts new ones
-    if errors and not (diverging and all(is_done(c) or has_diverged(c) for c in order)):
+    if errors and not (diverging and all(r.is_done(test) or r.has_diverged for r in runs)):
         raise errors[0]
     return runs
 

@@ -323,9 +323,12 @@ def _runs_since(clock: float) -> int:
     """How many runs were finished since that time (seconds since the epoch)."""
     from .experiment import runs_dir
 
-    changed = [folder for folder in runs_dir().glob("*") if folder.stat().st_mtime >= clock]  # a few of thousands
-    results = [folder / "result.json" for folder in changed]
-    return sum(result.exists() and result.stat().st_mtime >= clock for result in results)
+    count = 0
+    for folder in runs_dir().glob("*"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # no run, or a lock that is gone meanwhile
+            changed = folder.stat().st_mtime >= clock  # as few of thousands are
+            count += changed and (folder / "result.json").stat().st_mtime >= clock
+    return count
 
 
 def render(path: Path, status: Status, among: list[str] | None = None) -> None:

@@ -306,7 +306,7 @@ class Team:
     rank, size = 0, 1
 
     def losses(self, model: Model) -> Losses:
-        """`model.losses`, with gradients that are averaged over the team; on a GPU as one launch a step."""
+        """`model.losses`, with gradients that are averaged over the team; on a GPU as CUDA graphs."""
         if next(model.parameters()).is_cuda and not any(getattr(m, "draws", False) for m in model.modules()):
             return cuda_graph(model)
         return model.losses
@@ -325,19 +325,19 @@ class Team:
 
 
 def cuda_graph(model: Model) -> Losses:
-    """`model.losses` with its gradients as a CUDA graph: hundreds of small kernels are launched at once.
+    """`model.losses` with its gradients as CUDA graphs: hundreds of small kernels are launched at once.
 
-    Captured at the first call, for steps of that shape; not under autocast. Not for a model that draws random numbers
-    on the CPU: they could be captured once only.
+    Captured at the first call, for tokens of that shape; others, and what runs under autocast, go without. Not for a
+    model that draws random numbers on the CPU: they could be captured once only.
     """
-    graph: Any = None
+    graph, shape = None, torch.Size()  # type: Any, torch.Size
 
     def losses(task_ids: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        nonlocal graph
-        if torch.is_autocast_enabled("cuda"):
+        nonlocal graph, shape
+        if torch.is_autocast_enabled("cuda") or graph is not None and tokens.shape != shape:
             return model.losses(task_ids, tokens)
         if graph is None:
-            like = task_ids.clone(), tokens.clone()
+            like, shape = (task_ids.clone(), tokens.clone()), tokens.shape
             graph = torch.cuda.make_graphed_callables(_Losses(model), like, allow_unused_input=True)
         return graph(task_ids, tokens)
 

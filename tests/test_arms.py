@@ -156,7 +156,7 @@ def test_where_a_seed_diverges_all_seeds_take_the_best_of_the_other_rates(study,
     assert trials.lr[trials.best].tolist() == [0.08] == [study.rates("universal_film")[8]]
     assert trials.val_loss[trials.lr == 0.16].tolist() == [math.inf]
     said = capsys.readouterr().out.splitlines()
-    words = "universal_film, width 8: seed 1 diverged at the rate 0.16; all seeds take the best of the others"
+    words = "universal_film, width 8: seed 1 diverged at 0.16; all seeds take the best of the other rates"
     assert words in said and len(said) == len(set(said)), "each once"
     study.diverges = lambda config: config.seed == 1
     with pytest.raises(DivergedError, match="universal_film, width .*: training diverged at each of 6 learning rates"):
@@ -178,6 +178,24 @@ def test_where_what_a_seed_starts_from_diverges_that_is_chosen_anew(study):
     assert study.rates(study.best_universal(8))[8] > 0.01
     runs = study.seeds("specialists_tuned")["specialists_tuned"]
     assert all(r.config.start.lr[0] <= 0.01 for r in runs) and not any(diverges(r.config) for r in runs)
+
+
+def test_only_what_diverged_is_refused_where_several_seeds_start_from_it(study):
+    """The best universal model diverges at two seeds: the second one does not take the next best model with it."""
+    study.profile = replace(PROFILE, seeds=(0, 1, 2))
+    study.loss = lambda config, member: (
+        bowl((*config.lr, config.source_lr)[0] or 1.0, 0.08) + (dict(config.options).get("conditioning") != "film")
+    )
+
+    def diverges(config):
+        film = dict(config.options).get("conditioning") == "film"
+        return film and config.seed > 0 or config.start is not None and diverges(config.start)
+
+    study.diverges = diverges
+    assert study.best_universal(8) == "universal_film"
+    runs = study.seeds("specialists_tuned")["specialists_tuned"]
+    assert {name for name, *_ in study._refused} == {"universal_film"}
+    assert len(runs) == 3 * len(PROFILE.sizes) and not any(diverges(r.config) for r in runs)
 
 
 def test_a_rate_of_new_tasks_at_which_a_seed_diverges_is_left_out(study):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny, tiny_projectable, tiny_source
 
-from projectable import experiment
+from projectable import experiment, training
 from projectable.conditioning import CONDITIONINGS
 from projectable.config import RunConfig
 from projectable.experiment import run, run_many
@@ -57,14 +57,16 @@ def configs():
 
 
 @pytest.mark.parametrize("make", [*configs()])
-def test_a_training_as_a_graph_is_the_training_without(make, digits, source):
+def test_a_training_as_a_graph_is_the_training_without(make, digits, source, monkeypatch):
     """Losses at every evaluation; and those of a CPU."""
-    config = make().with_(steps=12, eval_every=4, warmup=4)
+    config, graphs = make().with_(steps=12, eval_every=4, warmup=4), []
+    monkeypatch.setattr(training, "cuda_graph", lambda model: graphs.append(cuda_graph(model)) or graphs[-1])
     found = {}
     for name in ("graph", "eager", "cpu"):
         model = experiment.build(config, digits)
         model = model if name == "cpu" else model.to("cuda")
         found[name] = eager(config, digits, model) if name == "eager" else values(train(model, digits, config))
+    assert len(graphs) == 1
     assert found["graph"] == pytest.approx(found["eager"], abs=1e-3)
     assert found["graph"] == pytest.approx(found["cpu"], abs=5e-3)
     assert found["graph"][-1] < found["graph"][2 * len(model.members) - 1]  # of the last member, which learns
@@ -88,8 +90,9 @@ def test_losses_and_gradients_of_a_graph(name, digits):
 
 
 @pytest.mark.parametrize("name", [name for name, kind in CONDITIONINGS.items() if kind.draws])
-def test_what_draws_random_numbers_is_no_graph(name, digits, source):
+def test_what_draws_random_numbers_is_no_graph(name, digits, source, monkeypatch):
     """Each step draws anew: else the losses of a step on the same images would be the same."""
+    monkeypatch.setattr(training, "cuda_graph", lambda model: pytest.fail("captured"))
     model = experiment.build(tiny_projectable(options=dict(conditioning=name)), digits).to("cuda").train()
     with torch.no_grad():  # where a task's vector says something
         for parameter in model.parameters():
@@ -107,7 +110,8 @@ def test_a_run_that_was_cut_off_goes_on(other_runs, digits):
     cut, path = experiment.build(config, digits).to("cuda"), other_runs / "checkpoint.safetensors"
     train(cut, digits, config, path, stop_after=7)
     assert load_tensors(path)[1]["step"] == 7
-    assert values(train(cut, digits, config, path)) == pytest.approx(values(expected), abs=1e-3)
+    fresh = experiment.build(config, digits).to("cuda")
+    assert values(train(fresh, digits, config, path)) == pytest.approx(values(expected), abs=1e-3)
 
 
 def test_bfloat16_is_trained_or_refused_with_both_times(digits):
@@ -128,7 +132,7 @@ def test_runs_side_by_side(other_runs, monkeypatch, digits):
     try:
         runs = run_many([tiny(), tiny(seed=1), tiny_source()], test=True)
     finally:
-        experiment._pool(other_runs)[0].shutdown()
+        experiment._pool(experiment.runs_dir(), "")[0].shutdown()
         experiment._pool.cache_clear()
     assert all(r.result["device"].startswith("cuda: ") for r in runs)
     for r in runs:
