@@ -15,6 +15,7 @@ import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import pandas as pd
 
@@ -271,8 +272,8 @@ class Compared:
                 powers[name, size] = ks + further
                 again |= bool(further)
                 for k in ks:
-                    row = dict(arm=name) | self._about_rows
-                    row |= dict(d_s=size, lr=lrs[k], val_loss=losses[k], best=k == best)
+                    row: dict[str, Any] = dict(arm=name, **self._about_rows, d_s=size)
+                    row |= dict(lr=lrs[k], val_loss=losses[k], best=k == best)
                     rows.append(row | dict(at_edge=edge and k == best, seconds=results[k]["seconds"]))
             if not again:
                 table = pd.DataFrame(rows)
