@@ -43,6 +43,13 @@ def notebook_title(path: Path) -> str:
     return path.stem
 
 
+def notebook_budget(path: Path) -> float | None:
+    """Seconds that it says it takes at `laptop` (“**Budget** …: 13 minutes.”); None where it does not say."""
+    said = r"\*\*Budget\*\*[^.]*: (a|\d+) minutes?\."
+    found = [re.search(said, cell.source) for cell in read_notebook(path).cells if cell.cell_type == "markdown"]
+    return next((60.0 * (1 if match[1] == "a" else int(match[1])) for match in found if match), None)
+
+
 def _parameter_lines(path: Path, nb) -> list[ast.stmt]:
     """The statements of the one cell tagged `parameters`."""
     cells = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from projectable import pages
-from projectable.pages import ReportError, check_parameters, notebook_title, read_notebook
+from projectable.pages import ReportError, check_parameters, notebook_budget, notebook_title, read_notebook
 from projectable.storage import current_commit, draft_of, end_with_parent, root, write_atomically
 from projectable.storage import device as this_device
 
@@ -461,15 +461,15 @@ def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None, exe
     paths = select_notebooks(only)
     for path in paths:
         check_parameters(path, {"profile": profile})
-    usual = {path: read_status(path, profile).seconds for path in paths}
+    usual = [_usual(path, profile) for path in paths]
     failed: list[str] = []
-    took: list[float] = []
+    done: list[Status] = []
     start = time.monotonic()
     with lock(profile):
         beside = bool(executor) or profile == "smoke" and len(paths) > 1
         for status in _side_by_side(paths, profile, executor) if beside else _one_by_one(paths, profile):
-            took.append(status.seconds or 0.0)
-            rest = "" if beside else _rest([usual[p] for p in paths], took)
+            done.append(status)
+            rest = "" if beside else _rest(usual, done)
             print(
                 f"        {status.status} in {pages.duration(status.seconds)}"
                 f" (elapsed {pages.duration(time.monotonic() - start)}{rest})",
@@ -488,14 +488,24 @@ def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None, exe
     return len(failed)
 
 
-def _rest(usual: list[float | None], took: list[float]) -> str:
-    """The time left: what notebooks took before, times how much slower or faster those were that ran just now."""
-    if len(took) == len(usual):
+def _usual(path: Path, profile: str) -> float | None:
+    """Seconds that a notebook takes from nothing: its budget, which is for `laptop`; else what it took last time."""
+    return notebook_budget(path) if profile == "laptop" else read_status(path, profile).seconds
+
+
+def _rest(usual: list[float | None], done: list[Status]) -> str:
+    """The time left: what notebooks usually take, times how much slower or faster those were that trained just now.
+
+    Where none has trained anything so far the others are taken to find their runs, too.
+    """
+    left, took = usual[len(done) :], [status.seconds or 0.0 for status in done]
+    if not left:
         return ""
-    known = [(s, t) for s, t in zip(usual, took, strict=False) if s]
+    mean = sum(took) / len(took)
+    known = [(s, t) for s, t, status in zip(usual, took, done, strict=False) if s and status.trained != 0]
     pace = sum(t for _, t in known) / sum(s for s, _ in known) if known else 1.0
-    left = sum(pace * s if s else sum(took) / len(took) for s in usual[len(took) :])
-    return f", about {pages.duration(left)} left"
+    found = all(status.trained == 0 for status in done)
+    return f", about {pages.duration(sum(mean if found or not s else pace * s for s in left))} left"
 
 
 def _one_by_one(paths: list[Path], profile: str) -> Iterator[Status]:

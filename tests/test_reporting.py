@@ -348,10 +348,22 @@ def test_claims_that_differ_in_a_width_say_what_they_share_once(project):
 
 
 def test_the_time_left_follows_the_pace_of_what_ran_just_now():
-    assert reporting._rest([600.0, 1200.0, 60.0], [6.0]) == ", about 13 s left"  # a hundredth: the runs were there
-    assert reporting._rest([None, 100.0], [20.0]) == ", about 1 min 40 s left"
-    assert reporting._rest([100.0, None, None], [30.0]) == ", about 1 min 00 s left"
-    assert reporting._rest([100.0], [30.0]) == ""
+    def left(usual, *done):
+        statuses = [reporting.Status("n", "t", "laptop", seconds=seconds, trained=trained) for seconds, trained in done]
+        return reporting._rest(usual, statuses)
+
+    assert left([600.0, 1200.0, 60.0], (300.0, 9)) == ", about 10 min 30 s left"  # twice as fast
+    assert left([600.0, 1200.0, 60.0], (6.0, 0)) == ", about 12 s left"  # the runs were there
+    assert left([60.0, 600.0, 1200.0], (6.0, 0), (600.0, 9)) == ", about 20 min 00 s left"
+    assert left([None, 100.0], (20.0, 3)) == ", about 1 min 40 s left"
+    assert left([100.0, None, None], (30.0, 3)) == ", about 1 min 00 s left"
+    assert left([100.0], (30.0, 3)) == ""
+
+
+def test_every_notebook_says_what_it_takes():
+    budgets = {path.stem: pages.notebook_budget(path) for path in reporting.notebook_paths()}
+    assert all(budgets.values()), budgets
+    assert budgets["12_cost"] == 60 and budgets["08_direct_training"] == 13 * 60
 
 
 def test_second_reproduce_is_refused_while_the_first_runs(project):
