@@ -36,18 +36,22 @@ def read_notebook(path: Path):
 
 def notebook_title(path: Path) -> str:
     """The first heading, or the file's name."""
-    for cell in read_notebook(path).cells:
-        heading = re.search(r"^# +(.+)$", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else None
-        if heading:
-            return heading[1].strip()
-    return path.stem
+    return _said(path, path.stat().st_mtime_ns)[0]
 
 
 def notebook_budget(path: Path) -> float | None:
     """Seconds that it says it takes at `laptop` (“**Budget** …: 13 minutes.”); None where it does not say."""
-    said = r"\*\*Budget\*\*[^.]*: (a|\d+) minutes?\."
-    found = [re.search(said, cell.source) for cell in read_notebook(path).cells if cell.cell_type == "markdown"]
-    return next((60.0 * (1 if match[1] == "a" else int(match[1])) for match in found if match), None)
+    return _said(path, path.stat().st_mtime_ns)[1]
+
+
+@cache
+def _said(path: Path, changed: int) -> tuple[str, float | None]:
+    """Title and budget, read once for many times that the index is written."""
+    texts = [cell.source for cell in read_notebook(path).cells if cell.cell_type == "markdown"]
+    headings = [re.search(r"^# +(.+)$", text, re.MULTILINE) for text in texts]
+    budgets = [re.search(r"\*\*Budget\*\*[^.]*: (a|\d+) minutes?\.", text) for text in texts]
+    title = next((found[1].strip() for found in headings if found), path.stem)
+    return title, next((60.0 * (1 if found[1] == "a" else int(found[1])) for found in budgets if found), None)
 
 
 def _parameter_lines(path: Path, nb) -> list[ast.stmt]:
@@ -164,7 +168,7 @@ def data_uri(png: Path, width: int | None = None) -> str | None:
 
 @cache
 def _encoded(png: Path, width: int | None, changed: int) -> str:
-    """The same, made once: the index is written twice a notebook."""
+    """The same, made once for many times that the index is written."""
     data = png.read_bytes()
     if width:
         from PIL import Image

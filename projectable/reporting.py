@@ -363,8 +363,9 @@ def build_index(profile: str) -> None:
     reports = reports_dir(profile)
     notebooks = []
     for path in notebook_paths():
-        status = read_status(path, profile)
-        notebooks.append(dataclasses.asdict(status) | {"page": (reports / f"{path.stem}.html").exists()})
+        budget = notebook_budget(path) if profile == "laptop" else None
+        more = {"page": (reports / f"{path.stem}.html").exists(), "budget": budget}
+        notebooks.append(dataclasses.asdict(read_status(path, profile)) | more)
     claims = _read_json(reports / "claims.json", [])
     bench = reports / "results" / "bench.csv"  # of `make bench`
     speed = list(csv.DictReader(bench.read_text().splitlines())) if bench.exists() else []
