@@ -487,9 +487,7 @@ def _tested(wanted: Sequence[tuple[Compared, Iterable[str]]], max_seeds: int | N
         diverged = [found for found, run in zip(asked, runs, strict=True) if run.has_diverged]
         if not diverged:
             return runs
-        blamed = list(
-            chain(*(study._blamed(arm, config) for study, arm, config in diverged))
-        )  # by what was chosen so far
+        blamed = [found for study, arm, config in diverged for found in study._blamed(arm, config)]
         for whose, arm, size, lr, seed in blamed:
             whose._refuse(arm, size, lr, seed)
         again = dict.fromkeys([*(whose for whose, *_ in blamed), *(study for study, _ in wanted)])
