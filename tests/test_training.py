@@ -16,7 +16,16 @@ from conftest import tiny, tiny_projectable
 
 from projectable import experiment
 from projectable.storage import DamagedFile, load_tensors, root
-from projectable.training import DivergedError, check_precision, make_optimizer, schedule, split_losses, train
+from projectable.training import (
+    DivergedError,
+    Team,
+    check_precision,
+    cuda_graph,
+    make_optimizer,
+    schedule,
+    split_losses,
+    train,
+)
 from projectable.transformer import _losses as losses
 
 
@@ -71,6 +80,24 @@ def test_losses_of_a_split_are_means_over_all_its_images(digits, universal, bloc
     with torch.no_grad():
         expected = model.losses(torch.arange(10), digits.first("test", 7))["d8"]
     torch.testing.assert_close(few.float(), expected)
+
+
+def test_a_graph_is_captured_once_and_for_one_shape(digits, universal, monkeypatch):
+    """What a CPU can say of it: the rest is in `test_gpu.py`."""
+    captured, model, ids = [], universal.model(), torch.arange(10)
+
+    def capture(module, like, allow_unused_input):
+        captured.append([x.shape for x in like])
+        return lambda *inputs: {member: loss + 1 for member, loss in module(*inputs).items()}
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    losses_of = cuda_graph(model)
+    for images, by_graph in ((4, 1), (4, 1), (3, 0)):
+        tokens = digits.first("train", images)
+        expected = model.losses(ids, tokens)["d8"] + by_graph
+        torch.testing.assert_close(losses_of(ids, tokens)["d8"], expected)
+    assert captured == [[(10,), (10, 4, 16)]]
+    assert Team().losses(model) == model.losses, "on a CPU there is none"
 
 
 # ------------------------------------------------------------------------------------------------------- learning
