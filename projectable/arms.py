@@ -636,9 +636,8 @@ class Scarce(Compared):
         return at_size(lr, size) if lr else 0.0
 
     def _trials(self, powers: dict[tuple[str, int], list[int]]) -> dict[tuple[str, int, int], RunConfig]:
-        where = [(name, size, k) for (name, size), ks in powers.items() for k in sorted(ks)]
-        rates, seed = {at: self.rate_at(*at) for at in where}, self.profile.seeds[0]
-        return {(name, s, k): self.config(name, s, rates[name, s, k], seed) for name, s, k in where}
+        seed, where = self.profile.seeds[0], [(name, size, k) for (name, size), ks in powers.items() for k in ks]
+        return {(name, s, k): self.config(name, s, self.rate_at(name, s, k), seed) for name, s, k in where}
 
     def _of_seeds(self, names: Iterable[str], max_seeds: int | None) -> list[tuple[str, str, RunConfig]]:
         seeds = self.profile.seeds[:max_seeds]
