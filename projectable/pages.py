@@ -11,10 +11,12 @@ import base64
 import io
 import math
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 TEMPLATES = Path(__file__).parent / "page"
+VERDICTS = ("reproduced", "inconclusive", "not reproduced")
 
 
 # ------------------------------------------------------------------------------------------------- a notebook as a file
@@ -111,17 +113,26 @@ def _is_literal(value: ast.expr) -> bool:
 
 
 def number(value) -> str:
-    """A value for people: 3 to 4 decimals, integers as they are, – for what is missing; true is `yes`, false blank."""
+    """A value for people: 4 decimals, fewer from 10 on, commas in what is long; – for what is missing, ∞ for inf.
+
+    True is `yes`, false blank; the minus is a minus sign.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
-    if not isinstance(value, float):
-        return {"True": "yes", "False": ""}.get(str(value), str(value))
-    size = abs(value)
-    if 10 <= size < 1e6 and value.is_integer():
-        return f"{value:,.0f}"
-    if size >= 1e6 or 0 < size < 1e-3:
-        return f"{value:.2e}" if size >= 1e6 else f"{value:.2g}"
-    return f"{value:.4f}" if size < 10 else f"{value:.3f}" if size < 1000 else f"{value:,.1f}"
+    if isinstance(value, float):
+        size = abs(value)
+        if math.isinf(value):
+            text = f"{value}".replace("inf", "∞")
+        elif size >= 1e6 or 0 < size < 1e-2:
+            text = f"{value:.3g}"
+        elif 10 <= size and value.is_integer():
+            text = f"{value:,.0f}"
+        else:
+            text = f"{value:.4f}" if size < 10 else f"{value:,.1f}"
+    else:
+        text = {"True": "yes", "False": ""}.get(str(value), str(value))
+        text = f"{int(text):,}" if re.fullmatch(r"-?\d{5,}", text) else text
+    return re.sub(r"^-(?=[\d∞])|(?<=e)-", "−", text)
 
 
 def duration(seconds: float | None) -> str:
@@ -147,14 +158,16 @@ def when(iso: str) -> str:
 
 
 def interval(claim: dict) -> str:
-    """`0.107 [0.091, 0.123]`: two digits of the interval's width, three decimals or more, so that no end reads as 0."""
+    """`0.107 [0.091, 0.123]`: two digits of the interval's width, three decimals or more (one from 10 on), so that no
+    end reads as 0.
+    """
     ends = [claim["value"], claim["ci_low"], claim["ci_high"]]
     if None in ends or ends[1] == ends[2]:
         return number(claim["value"])
-    decimals = min(max(1 - math.floor(math.log10(abs(ends[2] - ends[1]))), 3), 6)
+    decimals = min(max(1 - math.floor(math.log10(abs(ends[2] - ends[1]))), 3 if abs(ends[0]) < 10 else 1), 6)
     while decimals < 6 and 0 < min(map(abs, ends)) < 0.5 * 10**-decimals:  # no end reads as 0 that has a sign
         decimals += 1
-    value, low, high = (f"{end:,.{decimals}f}" for end in ends)
+    value, low, high = (f"{end:,.{decimals}f}".replace("-", "−") for end in ends)
     return f"{value} [{low}, {high}]"
 
 
@@ -258,15 +271,30 @@ def last_states(text: str) -> str:
 
 
 def tables(html: str, fold: int = 40) -> str:
-    """HTML whose tables a narrow screen can show: names break at underscores, long words get room, long tables fold."""
-    if "<table" not in html:
+    """HTML whose tables a narrow screen can show: names break at underscores, long words get room, long tables fold,
+    and so do those of trials.
+    """
+    if "<table" not in html or 'class="rows' in html:  # those of claims are made for it
         return html
     html = re.sub(r"(<th\b[^>]*>)([^<]{9,})", lambda found: found[1] + found[2].replace("_", "_<wbr>"), html)
     html = re.sub(r"(<td\b[^>]*>)([^<]{30,})", r'\1<div class="long">\2</div>', html)
     rows = html.count("<tr") - 1
     caption = re.search(r"<caption>([^<]+)", html)
     words = f"{caption[1] if caption else 'table'} ({rows} rows)"
-    return f"<details><summary>{words}</summary>{html}</details>" if rows > fold else html
+    long = rows > fold or words.startswith("Every trial")
+    return f"<details><summary>{words}</summary>{html}</details>" if long else html
+
+
+def _together(cells: list) -> list:
+    """Cells of a notebook; code that shows nothing goes together with the code after it, to be folded away once."""
+    result: list = []
+    for cell in cells:
+        before = result[-1] if result else cell
+        if cell.cell_type == before.cell_type == "code" and cell is not before and not before.outputs:
+            cell.source = f"{before.source}\n\n{cell.source}"
+            result.pop()
+        result.append(cell)
+    return result
 
 
 def _tidy(nb):
@@ -282,11 +310,10 @@ def _tidy(nb):
         if cell.cell_type == "markdown" and cell.source.lstrip().startswith("# "):
             cell.source = cell.source.lstrip().partition("\n")[2]  # the page's header shows it
             break
+    nb.cells = _together(nb.cells)
     for cell in nb.cells:
         if cell.cell_type != "code":
             continue
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            cell.metadata["summary"] = "parameters of this run"
         streams: dict = {}
         outputs = []
         for output in cell.outputs:
@@ -308,8 +335,18 @@ def _tidy(nb):
 # ---------------------------------------------------------------------------------------------------------- whole pages
 
 
-def notebook_html(nb, status: dict, folder: Path, previous: str | None = None, next: str | None = None) -> str:
-    """The page of an executed notebook; `folder` is where its markdown's pictures are looked up."""
+def notebook_html(
+    nb,
+    status: dict,
+    folder: Path,
+    claims: Sequence[dict] = (),
+    previous: tuple[str, str] | None = None,
+    next: tuple[str, str] | None = None,
+) -> str:
+    """The page of an executed notebook: what was found of its `claims` comes first.
+
+    `folder` is where its markdown's pictures are looked up; `previous` and `next`, name and title of other pages.
+    """
     facts = [
         duration(status["seconds"]),
         trained(status.get("trained")),
@@ -322,6 +359,8 @@ def notebook_html(nb, status: dict, folder: Path, previous: str | None = None, n
         "css": _css(),
         "status": status,
         "facts": [f for f in facts if f],
+        "found": claims_html([("", claims)], brief=True) if claims else "",
+        "counted": counted(claims),
         "previous": previous,
         "next": next,
     }
@@ -341,7 +380,7 @@ def claim_groups(claims: list[dict]) -> list[tuple[str, list[dict]]]:
     return [(heading, group) for heading, group in groups if group]
 
 
-def claim_families(claims: list[dict]) -> list[tuple[str, str, list[tuple[str, dict]]]]:
+def claim_families(claims: Sequence[dict]) -> list[tuple[str, str, list[tuple[str, dict]]]]:
     """Claims that differ in width and number of images only, together: words, statistic, (“width 8”, claim) of each."""
     ending = re.compile(r"(?:\.n(\d+))?(?:\.(?:d(\d+)|(\d+_\d+)))?$")  # of an id: .n5.d8, .8_16
     families: dict[tuple[str, str], list[dict]] = {}
@@ -360,39 +399,70 @@ def claim_families(claims: list[dict]) -> list[tuple[str, str, list[tuple[str, d
         if len(set(zip(*widths, strict=True))) > 1:
             sizes = [one or two.replace("_", " against ") for one, two in zip(*widths, strict=True)]
             names = [f"{name}width {size}" for name, size in zip(names, sizes, strict=True)]
-            words = re.sub(r"(,? (of|at) )?width \d+( than at width \d+)?(?= |$|,)", "", words)
+            words = re.sub(r"(,? (of|at) )?width \d+(?= |$|,)| from width \d+ to \d+", "", words)
         names = [name.removesuffix(", ") for name in names]
         result.append((words, statistic, list(zip(names, members, strict=True))))
     return result
 
 
-def index_html(
-    profile: str, claims: list[dict], notebooks: list[dict], figures: Path, speed: list[dict], other: dict
-) -> str:
-    """The index: headline figure, a row for claims alike but for width or images, a notebook, a benchmark (`speed`).
+def counted(claims: Sequence[dict]) -> str:
+    """`13 reproduced, 7 inconclusive`."""
+    verdicts = [claim["verdict"] for claim in claims]
+    return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS if verdict in verdicts)
 
-    `other`: the claims beside those of another run (`reporting.another_run`).
+
+def claims_html(
+    groups: Sequence[tuple[str, Sequence[dict]]], thumbs: dict[str, str | None] | None = None, brief: bool = False
+) -> str:
+    """Claims by group as a table, a row for those alike but for width and images; with `thumbs`, by notebook, as the
+    index has it; `brief`: the first group's verdicts and values only.
     """
+    return _template("found.html.j2").render(groups=groups, thumbs=thumbs, brief=brief)
+
+
+def _template(name: str):
+    """One of our templates, with what it calls."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     environment.filters.update(interval=interval, duration=duration, trained=trained, when=when, number=number)
-    environment.filters.update(families=claim_families, slug=lambda words: words.replace(" ", "-"))
-    verdicts = [claim["verdict"] for claim in claims]
+    environment.filters.update(families=claim_families, counted=counted, slug=lambda words: words.replace(" ", "-"))
+    environment.filters["short"] = lambda value: number(float(f"{value:.2g}")).rstrip("0").rstrip(".")
+    return environment.get_template(name)
+
+
+def index_html(
+    profile: str,
+    claims: list[dict],
+    notebooks: list[dict],
+    figures: Path,
+    speed: list[dict],
+    other: dict,
+    profiles: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The index: headline figure, a row for claims alike but for width or images, a notebook, a benchmark (`speed`).
+
+    `other`: the claims beside those of another run (`reporting.another_run`); `profiles`: words and address of the
+    index of other profiles.
+    """
     thumbs = {
         status["notebook"]: data_uri(figures / f"{status['figure']}.png", 288)
         for status in notebooks
         if status["figure"]
     }
-    return environment.get_template("claims.html.j2").render(
+    groups = claim_groups(claims)
+    refuted = [claim for claim in claims if claim["verdict"] == "not reproduced"]
+    return _template("claims.html.j2").render(
         title="Projectable models",
         css=_css(),
         profile=profile,
         headline=data_uri(figures / "headline.png"),
-        groups=claim_groups(claims),
-        counts=[(verdict, verdicts.count(verdict)) for verdict in dict.fromkeys(verdicts)],
-        notebooks=notebooks,
-        thumbs=thumbs,
+        claims=claims_html(groups, thumbs) if claims else "",
+        groups=groups,
+        refuted=claims_html([("", refuted)], brief=True) if refuted else "",
+        notebooks=[status for status in notebooks if status["status"] != "not run yet"],
+        waiting=[status["notebook"] for status in notebooks if status["status"] == "not run yet"],
+        profiles=profiles,
         speed=speed,
         other=other,
     )

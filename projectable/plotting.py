@@ -2,7 +2,8 @@
 
 Notable:
 - Colours are Okabe–Ito's (safe for colour-blind readers) and belong to *families* of arms, the same in all
-  figures: the projected models are blue, the universal ones vermilion. Arms of one family differ by dash.
+  figures: the projected models are blue, the universal ones vermilion. Arms of one family differ by dash. What is of no
+  family (widths, seeds, conditions) has colours that no family has; better and worse have none.
 - Each function takes tidy data and returns a matplotlib `Figure`; pyplot's global state is not used.
 - Points are seeds, lines are means, bars are 95 % intervals: of Student's t over seeds, where none is given.
 """
@@ -23,7 +24,7 @@ from projectable.evaluation import t_interval
 LOSS = "test loss (nats per token)"
 SIZE = "embedding size of the small model, $d_s$"
 
-# The family of an arm is the word below that its name holds first: `universal_film` is universal.
+# The family of an arm is the word below that its words hold first: “universal, FiLM” is universal.
 FAMILIES = {
     "projected": "#0072B2",  # blue
     "universal": "#D55E00",  # vermilion
@@ -31,13 +32,16 @@ FAMILIES = {
     "source": "#000000",
     "mixture": "#56B4E9",  # sky
     "slice": "#E69F00",  # orange: the source cut down without learning to project
-    "pca": "#E69F00",
+    "cut": "#E69F00",
     "static": "#CC79A7",  # purple: the controls
     "control": "#CC79A7",
     "random": "#CC79A7",
     "bank": "#CC79A7",
 }
 OTHER = "#7A7A7A"
+OWN = ("#332288", "#999933", "#882255", "#44AA99", "#661100", "#6699CC", "#AA4499")  # Tol's muted ones: of no family
+BETTER: dict = dict(color="#5C6675", alpha=0.85)  # bars
+WORSE: dict = dict(facecolor="white", edgecolor="#5C6675", hatch="////")
 DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")  # one more than dashes: pairs repeat after thirty
 
@@ -53,6 +57,7 @@ STYLE: dict = {
     "axes.edgecolor": "#5C6675",
     "legend.frameon": False,
     "legend.fontsize": 10,
+    "legend.handlelength": 3.2,
     "lines.linewidth": 1.8,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
@@ -66,7 +71,8 @@ def style():
 
 def family(arm: str) -> str | None:
     """The family that an arm belongs to, None for none."""
-    found = [(arm.lower().find(word), word) for word in FAMILIES if word in arm.lower()]
+    words = label_of(arm).lower()
+    found = [(words.find(word), word) for word in FAMILIES if word in words]
     return min(found)[1] if found else None
 
 
@@ -81,11 +87,11 @@ def looks(arms) -> dict[str, dict]:
     Where no arm belongs to a family each has a colour of its own.
     """
     arms = list(arms)
-    own = sns.color_palette("colorblind", max(len(arms), 1)).as_hex() if not any(map(family, map(str, arms))) else None
+    own = None if any(map(family, map(str, arms))) else OWN
     places: dict[str, int] = {}
     result = {}
     for number, arm in enumerate(arms):
-        its = own[number] if own and len(arms) > 1 else colour(arm)
+        its = own[number % len(own)] if own and len(arms) > 1 else colour(arm)
         place = number if own else places.get(its, 0)
         places[its] = place + 1
         result[arm] = {
@@ -122,19 +128,11 @@ def _size_axis(ax, sizes) -> None:
     ax.set_xlabel(SIZE)
 
 
-def _legend(ax, entries: int) -> None:
-    """A legend inside for a few entries, beside the axes for many."""
-    if entries > 4:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    elif entries > 0:
-        ax.legend()
-
-
-def _legend_below(fig: Figure, axes) -> None:
-    """A legend for all panels, below them (inside where there is one panel only); the figure grows with its rows."""
+def _legend(fig: Figure, axes) -> None:
+    """A legend for all panels, below them (inside for a few entries of one panel); the figure grows with its rows."""
     entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if len(axes) == 1:
-        _legend(axes[0], len(entries))
+    if len(axes) == 1 and 0 < len(entries) < 5:
+        axes[0].legend()
     elif entries:
         columns = 3 if max(map(len, entries)) < 30 else 2
         width, height = fig.get_size_inches()
@@ -173,7 +171,7 @@ def _lines_over_size(df: pd.DataFrame, group: str, value: str, ylabel: str, summ
         ax.errorbar(size * shift, mean, yerr=bars, capsize=3, ms=5, label=label_of(name), **look)
     _size_axis(ax, df["d_s"])
     ax.set_ylabel(ylabel)
-    return fig, ax, len(names)
+    return fig, ax
 
 
 @style()
@@ -181,14 +179,13 @@ def loss_against_size(
     df: pd.DataFrame, source: float | None = None, ylabel: str = LOSS, xlabel: str | None = None
 ) -> Figure:
     """Loss of each arm against size. `df`: arm, d_s, seed, loss. `source`: the large model's loss, a line."""
-    fig, ax, entries = _lines_over_size(df, "arm", "loss", ylabel, None)
+    fig, ax = _lines_over_size(df, "arm", "loss", ylabel, None)
     ax.set_xlabel(xlabel or SIZE)
     if source is not None:
         ax.axhline(source, color=FAMILIES["source"], lw=1.2, ls=(0, (6, 3)), label="source (large)")
         low, high = ax.get_ylim()
         ax.set_ylim(min(low, source - 0.04 * (high - low)), high)  # the line is not to lie on the axis
-        entries += 1
-    _legend(ax, entries)
+    _legend(fig, [ax])
     return fig
 
 
@@ -202,10 +199,10 @@ def gap_against_size(
     """Paired gaps against size. `df`: comparison, d_s, seed, gap. `summary`, instead of t intervals:
     comparison, d_s, mean, ci_low, ci_high.
     """
-    fig, ax, entries = _lines_over_size(df, "comparison", "gap", ylabel, summary)
+    fig, ax = _lines_over_size(df, "comparison", "gap", ylabel, summary)
     ax.set_xlabel(xlabel or SIZE)
     ax.axhline(0, color="#1D2430", lw=1)
-    _legend(ax, entries)
+    _legend(fig, [ax])
     return fig
 
 
@@ -245,7 +242,7 @@ def learning_curves(
         if size is not None:
             ax.set_title(f"width {size}")
     axes[0].set_ylabel(ylabel)
-    _legend_below(fig, axes)
+    _legend(fig, axes)
     return fig
 
 
@@ -266,7 +263,7 @@ def loss_against_operations(df: pd.DataFrame) -> Figure:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("million multiply-adds an image (widths above the points)")
     ax.set_ylabel(LOSS)
-    _legend(ax, df["arm"].nunique())
+    _legend(fig, [ax])
     return fig
 
 
@@ -278,11 +275,11 @@ def loss_against_parameters(df: pd.DataFrame) -> Figure:
     """
     sizes = sorted(df["d_s"].unique())
     fig, axes = _panels(len(sizes), sharey=False)
-    colours = sns.color_palette("colorblind", df["family"].nunique())
     for ax, size in zip(axes, sizes, strict=True):
         for place, (name, part) in enumerate(df[df["d_s"] == size].groupby("family", sort=False)):
-            ax.plot(part["maps"], part["loss"], "o", ms=3, alpha=0.6, color=colours[place])
-            look = dict(marker=MARKERS[place % len(MARKERS)], ls="", ms=8, color=colours[place], label=label_of(name))
+            its = OWN[place % len(OWN)]
+            ax.plot(part["maps"], part["loss"], "o", ms=3, alpha=0.6, color=its)
+            look = dict(marker=MARKERS[place % len(MARKERS)], ls="", ms=8, color=its, label=label_of(name))
             ax.plot(part["maps"].mean(), part["loss"].mean(), **look)
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
@@ -292,22 +289,21 @@ def loss_against_parameters(df: pd.DataFrame) -> Figure:
         ax.set_xlabel("thousand parameters")
         ax.set_title(f"width {size}")
     axes[0].set_ylabel(LOSS)
-    _legend_below(fig, axes)
+    _legend(fig, axes)
     return fig
 
 
 @style()
 def changes(df: pd.DataFrame, xlabel: str) -> Figure:
-    """Gaps by change, a panel a size: seeds as points, means as bars. `df`: change, d_s, gap."""
+    """Gaps by change, a panel a size: seeds as points, means as bars, hatched below zero. `df`: change, d_s, gap."""
     sizes, names = sorted(df["d_s"].unique()), list(dict.fromkeys(df["change"]))
     fig, axes = _panels(len(sizes), height=1.2 + 0.32 * len(names))
     for ax, size in zip(axes, sizes, strict=True):
         for place, name in enumerate(names):
             gap = df[(df["change"] == name) & (df["d_s"] == size)]["gap"]
             if len(gap):
-                better = FAMILIES["projected"] if gap.mean() >= 0 else FAMILIES["universal"]
-                ax.barh(place, gap.mean(), height=0.6, color=better, alpha=0.5)
-                ax.plot(gap, [place] * len(gap), "o", ms=3, color=better)
+                ax.barh(place, gap.mean(), height=0.6, **(BETTER if gap.mean() >= 0 else WORSE))
+                ax.plot(gap, [place] * len(gap), "o", ms=4, color="#1D2430", mec="white", mew=0.6)
         ax.axvline(0, color="#1D2430", lw=1)
         ax.xaxis.set_major_locator(MaxNLocator(3))
         ax.set_yticks(range(len(names)), [label_of(name) for name in names])
@@ -341,7 +337,7 @@ def sweep_curves(df: pd.DataFrame) -> Figure:
         ax.set_ylim(low, min(high, bests.max() + 0.15))
         ax.set_title(f"width {size}")
     axes[0].set_ylabel("validation loss (nats per token)")
-    _legend_below(fig, axes)
+    _legend(fig, axes)
     return fig
 
 
@@ -376,36 +372,29 @@ def image_grid(images, row_labels=None, captions=None) -> Figure:
 
 
 @style()
-def matrix(data, label: str = "", diagonal: bool = False) -> Figure:
+def matrix(data, label: str = "", diagonal: bool = False, xlabel: str = "", ylabel: str = "") -> Figure:
     """A heat map with its numbers written in. `data`: a data frame (its labels are taken) or a 2-d array.
 
     `diagonal`: frame what lies on it.
     """
     data = pd.DataFrame(data)
-    values = data.to_numpy(dtype=float)
-    rows, columns = values.shape
+    rows, columns = data.shape
     fig, (ax,) = _panels(1, 8.0, 1.6 + 0.5 * rows)
-    picture = ax.imshow(values, cmap="cividis", aspect="auto")
-    ax.grid(False)
-    ax.set_xticks(range(columns), list(data.columns), rotation=35, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(rows), list(data.index))
+    words = dict(annot=True, fmt=".2f", annot_kws={"fontsize": 9}, cbar_kws={"label": label})
+    sns.heatmap(data.astype(float), cmap="cividis", ax=ax, **words)
+    ax.set_xticks(ax.get_xticks(), list(data.columns), rotation=35, ha="right", rotation_mode="anchor")
+    ax.set_yticks(ax.get_yticks(), list(data.index), rotation=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.tick_params(length=0)
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
-    for row in range(rows):
-        for column in range(columns):
-            ink = "white" if values[row, column] < middle else "black"
-            text = f"{values[row, column]:.2f}"
-            ax.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
     for place in range(min(rows, columns) if diagonal else 0):
-        ax.add_patch(Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, ec="white", lw=2.5))
-    fig.colorbar(picture, ax=ax, label=label)
+        ax.add_patch(Rectangle((place, place), 1, 1, fill=False, ec="#E69F00", lw=2.5, clip_on=False))
     return fig
 
 
 @style()
 def waterfall(df: pd.DataFrame) -> Figure:
     """How the loss falls (or rises) from stage to stage. `df`: label, loss in the order of the stages, a row a seed,
-    d_s (a panel a size). Green bars lower the mean, vermilion ones raise it; the change is written beside. Seeds are
+    d_s (a panel a size). Full bars lower the mean, hatched ones raise it; the change is written beside. Seeds are
     points."""
     sizes = sorted(df["d_s"].unique()) if "d_s" in df else [None]
     labels = list(dict.fromkeys(df["label"]))
@@ -417,15 +406,14 @@ def waterfall(df: pd.DataFrame) -> Figure:
         for place, loss in enumerate(losses):
             before = losses[place - 1] if place else loss
             change = loss - before
-            bar = FAMILIES["specialist"] if change <= 0 else FAMILIES["universal"]
-            ax.barh(place, change, left=before, height=0.55, color=bar, alpha=0.85)
+            ax.barh(place, change, left=before, height=0.55, **(BETTER if change <= 0 else WORSE))
             ax.plot(
                 [loss, loss],
                 [place - 0.28, place + 1 if place + 1 < len(losses) else place + 0.28],
                 "k-",
                 lw=1,
             )
-            ax.plot(seeds[place], [place] * len(seeds[place]), "o", ms=3, color="#1D2430", alpha=0.6)
+            ax.plot(seeds[place], [place] * len(seeds[place]), "o", ms=4, color="#1D2430", mec="white", mew=0.6)
             words = f"{change:+.3f}".replace("-", "−") if place else f"{loss:.3f}"
             ax.annotate(
                 words,

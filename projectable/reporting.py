@@ -35,7 +35,6 @@ from projectable.storage import current_commit, draft_of, end_with_parent, root,
 from projectable.storage import device as this_device
 
 PROFILES = ("smoke", "laptop", "gpu")
-VERDICTS = ("reproduced", "not reproduced", "inconclusive")
 
 
 # ---------------------------------------------------------------------------------------------------- places
@@ -140,8 +139,8 @@ class Report:
         device: str | None = None,
     ) -> None:
         """Record what was found about a claim; `commit` and `device`: what trained, if not the present ones."""
-        if verdict not in VERDICTS:
-            raise ValueError(f"unknown verdict {verdict!r} for claim {id!r}; allowed: {', '.join(VERDICTS)}")
+        if verdict not in pages.VERDICTS:
+            raise ValueError(f"unknown verdict {verdict!r} for claim {id!r}; allowed: {', '.join(pages.VERDICTS)}")
         statistic = f"{statistic}; {self.note}" if self.note else statistic
         found = {"statistic": statistic, "value": value, "ci_low": ci_low, "ci_high": ci_high}
         found |= {"seeds": seeds, "tasks": tasks, "verdict": verdict}
@@ -155,19 +154,10 @@ class Report:
 
         What claims that differ in width or number of images only have in common stands in the first one's row.
         """
-        import pandas as pd
+        from IPython.display import HTML
 
-        columns = ("claim", "statistic", "for", "verdict", "value [95 % interval]", "seeds")
         shown = [claim for claim in self.claims if claim["id"].startswith(starts or "")]
-        rows = [
-            (words, statistic, name, claim["verdict"], pages.interval(claim), claim["seeds"])
-            for words, statistic, found in pages.claim_families(shown)
-            for name, claim in found
-        ]
-        table = pd.DataFrame(rows, columns=columns)
-        common = ["claim", "statistic"]
-        table.loc[table.duplicated(common), common] = ""
-        return _styled(table, None)
+        return HTML(pages.claims_html([("", shown)]))
 
     def record(self, key: str, value) -> None:
         """Record a number that tests assert, in `results/<notebook>.json`."""
@@ -191,6 +181,12 @@ def _styled(df, caption):
         df = df.assign(arm=df["arm"].map(label_of))
     if "what" in df:  # the same, written for that table
         df = df.drop(columns="arm", errors="ignore")
+    for low in [
+        column for column in df.columns if column.endswith("_low")
+    ]:  # and the value before: `0.37 [0.34, 0.40]`
+        value, high = df.columns[df.columns.get_loc(low) - 1], f"{low.removesuffix('_low')}_high"
+        records = df[[value, low, high]].set_axis(["value", "ci_low", "ci_high"], axis=1).to_dict("records")
+        df = df.assign(**{value: [pages.interval(record) for record in records]}).drop(columns=[low, high])
     df = df.rename(columns=lambda name: IN_WORDS.get(name, str(name).replace("_", " ")))
     style = df.style.format(pages.number).hide(axis="index")
     numeric = [column for column in df.columns if df[column].dtype.kind in "iuf"]
@@ -291,8 +287,11 @@ def read_status(path: Path, profile: str) -> Status:
     return Status(**(dataclasses.asdict(fresh) | _read_json(fresh.path(), {})))
 
 
-def run_notebook(path: Path, profile: str, parameters: dict | None = None) -> Status:
-    """Run one notebook and write its page, its status and the index; a failure is told by the status."""
+def run_notebook(path: Path, profile: str, parameters: dict | None = None, among: list[str] | None = None) -> Status:
+    """Run one notebook and write its page, its status and the index; a failure is told by the status.
+
+    The page leads to those before and after it, of the ones that are there or that are to come (`among`).
+    """
     parameters = {"profile": profile} | (parameters or {})
     check_parameters(path, parameters)
     executed = build_dir(profile) / path.name
@@ -314,7 +313,7 @@ def run_notebook(path: Path, profile: str, parameters: dict | None = None) -> St
         status.trained = _runs_since(clock)
         status.finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         merge_claims(profile)
-        render(path, status)
+        render(path, status, among)
         build_index(profile)
     return status
 
@@ -334,7 +333,7 @@ def _runs_since(clock: float) -> int:
 def render(path: Path, status: Status, among: list[str] | None = None) -> None:
     """Write a notebook's page from its executed copy (without one, from its source), then its status.
 
-    It leads to the pages before and after it of `among`, by default of all notebooks.
+    It leads to the pages before and after it, of those that are there or that are to come (`among`).
     """
     executed = build_dir(status.profile) / path.name
     nb = read_notebook(executed if executed.exists() else path)
@@ -346,14 +345,17 @@ def render(path: Path, status: Status, among: list[str] | None = None) -> None:
 
 def render_page(executed_nb, html_path: Path, status: Status, among: list[str] | None = None) -> None:
     """Write an executed notebook as one HTML file that opens without a network."""
-    names = among or [path.stem for path in notebook_paths()]
+    titles = {path.stem: notebook_title(path) for path in notebook_paths()}
+    here = {status.notebook, *(among or ()), *(path.stem for path in html_path.parent.glob("*.html"))}
+    names = [name for name in titles if name in here]
     at = names.index(status.notebook) if status.notebook in names else 0
     html = pages.notebook_html(
         executed_nb,
         dataclasses.asdict(status),
-        folder=root() / "notebooks",
-        previous=names[at - 1] if at > 0 else None,
-        next=names[at + 1] if at + 1 < len(names) else None,
+        root() / "notebooks",
+        _read_json(reports_dir(status.profile) / "results" / "claims" / f"{status.notebook}.json", []),
+        previous=(names[at - 1], titles[names[at - 1]]) if at > 0 else None,
+        next=(names[at + 1], titles[names[at + 1]]) if at + 1 < len(names) else None,
     )
     write_atomically(html_path, html)
 
@@ -370,7 +372,12 @@ def build_index(profile: str) -> None:
     bench = reports / "results" / "bench.csv"  # of `make bench`
     speed = list(csv.DictReader(bench.read_text().splitlines())) if bench.exists() else []
     other = another_run(claims, reports / "results" / "claims_another_run.csv")
-    html = pages.index_html(profile, claims, notebooks, reports / "figures", speed, other)
+    profiles = []
+    if profile == "laptop" and (reports_dir("gpu") / "index.html").exists():
+        profiles.append(("The same with a larger source and more images, on a GPU", "gpu/index.html"))
+    elif profile != "laptop" and (reports_dir("laptop") / "index.html").exists():
+        profiles.append(("The reference run, of profile laptop", "../index.html"))
+    html = pages.index_html(profile, claims, notebooks, reports / "figures", speed, other, profiles)
     write_atomically(reports / "index.html", html)
 
 
@@ -512,7 +519,7 @@ def _rest(usual: list[float | None], done: list[Status]) -> str:
 def _one_by_one(paths: list[Path], profile: str) -> Iterator[Status]:
     for place, path in enumerate(paths, 1):
         print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)
-        yield run_notebook(path, profile)
+        yield run_notebook(path, profile, among=[p.stem for p in paths])
 
 
 def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[Status]:
@@ -526,7 +533,8 @@ def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[St
     else:
         pool = ProcessPoolExecutor(workers(), get_context("spawn"), _beside_others)
     try:
-        futures = {pool.submit(run_notebook, path, profile): path for path in paths}
+        names = [path.stem for path in paths]
+        futures = {pool.submit(run_notebook, path, profile, None, names): path for path in paths}
         for place, future in enumerate(as_completed(futures), 1):
             path = futures[future]
             print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)

@@ -25,9 +25,14 @@ def test_colours_belong_to_families():
     assert plotting.colour("trained bank") == plotting.colour("control")
     assert plotting.colour("something else") == plotting.OTHER
     main = [
-        plotting.colour(name) for name in ("projected", "universal", "specialist", "source", "mixture", "pca", "bank")
+        plotting.colour(name) for name in ("projected", "universal", "specialist", "source", "mixture", "cut", "bank")
     ]
     assert len(set(main)) == len(main)
+    words = ("source_frozen", "projected, source frozen")  # an arm's name and its words
+    assert {plotting.colour(name) for name in words} == {plotting.colour("projected")}
+    assert plotting.colour("cut_tuned") == plotting.colour("cut") != plotting.colour("source")
+    widths = {look["color"] for look in plotting.looks(["width 8", "width 16", "width 32"]).values()}
+    assert len(widths) == 3 and not widths & set(plotting.FAMILIES.values()), "what is of no family takes none's colour"
 
 
 def test_arms_of_one_family_differ():
@@ -36,7 +41,7 @@ def test_arms_of_one_family_differ():
     assert looks["universal_film"]["linestyle"] != looks["universal_adaln"]["linestyle"]
     assert looks["projected"]["linestyle"] == "-"
     controls = plotting.looks(
-        [name for name in ARMS if plotting.family(name) in ("static", "bank")] + ["random", "control"]
+        [name for name in ARMS if plotting.family(name) in ("static", "random")] + ["bank", "control"]
     )
     pairs = {(look["color"], look["linestyle"], look["marker"]) for look in controls.values()}
     assert len(pairs) == len(controls) > 6
@@ -139,7 +144,7 @@ def test_matrix_writes_its_numbers_and_labels():
     assert [t.get_text() for t in ax.texts] == ["1.00", "2.00"]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b"] and not ax.patches
     framed = plotting.matrix(np.eye(3), diagonal=True).axes[0].patches
-    assert [(frame.get_x(), frame.get_y()) for frame in framed] == [(i - 0.5, i - 0.5) for i in range(3)]
+    assert [(frame.get_x(), frame.get_y()) for frame in framed] == [(i, i) for i in range(3)]
 
 
 def test_image_grid_places_images():

@@ -1,5 +1,6 @@
 """Notebooks become pages that open offline; failures, mistakes and claims end where a reader sees them."""
 
+import dataclasses
 import json
 import os
 import re
@@ -173,7 +174,7 @@ def test_maths_is_mathml_and_code_is_folded_and_left_alone(ran):
     assert "<code>$HOME and $PATH</code>" in html
     assert "$L" not in html and "begin{align" not in html
     assert "report.record" in folded.replace("\n", "")
-    assert "seeds = 5" in folded and "parameters of this run" in folded
+    assert "seeds = 5" in folded and 'profile = "smoke"' in folded
     assert "<pre>100 %\n</pre>" in html  # the last state of the progress bar
 
 
@@ -276,7 +277,7 @@ def test_index_without_results_and_while_running(project):
     Status("01_now", "Now", "laptop", "running").write()
     reporting.build_index("laptop")
     html = (project / "reports/index.html").read_text()
-    assert "not run yet" in html and ">running</span>" in html and "No claim is recorded yet" in html
+    assert "Not run yet: 00_later." in html and ">running</span>" in html and "No claim is recorded yet" in html
     assert "00_later.html" not in html
 
 
@@ -331,9 +332,9 @@ def test_claims_merge_in_order_and_a_rerun_replaces(project):
     assert read()[1]["value"] is None
     claim(Report("00_a", "laptop"), "y", "reproduced")
     assert [(c["id"], c["verdict"]) for c in read()] == [("y", "reproduced"), ("z", "inconclusive")]
-    with pytest.raises(ValueError, match="'confirmed'.*allowed: reproduced, not reproduced, inconclusive"):
+    with pytest.raises(ValueError, match="'confirmed'.*allowed: reproduced, inconclusive, not reproduced"):
         claim(first, "w", "confirmed")
-    assert len(first.claims_table().data) == 2
+    assert first.claims_table().data.count('class="badge') == 2
 
 
 def test_claims_that_differ_in_a_width_say_what_they_share_once(project):
@@ -341,10 +342,70 @@ def test_claims_that_differ_in_a_width_say_what_they_share_once(project):
     found = dict(statistic="gap", value=0.2, ci_low=0.1, ci_high=0.3, seeds=5, tasks=3, commit="c")
     for id, words in (("wins.d8", "Small wins at width 8"), ("wins.d16", "Small wins at width 16"), ("kept", "Kept")):
         report.claim(id, words, verdict="reproduced", **found)
-    table = report.claims_table().data
-    assert table.claim.tolist() == ["Small wins", "", "Kept"] and table.statistic.tolist() == ["gap", "", "gap"]
-    assert table["for"].tolist() == ["width 8", "width 16", ""] and set(table.verdict) == {"reproduced"}
-    assert len(report.claims_table("wins").data) == 2
+    html = report.claims_table().data
+    assert html.count("<tr>") == 3 and html.count("Small wins") == html.count("Kept") == 1
+    assert [html.count(f"width {s}:</small> 0.200 [0.100, 0.300]") for s in (8, 16)] == [1, 1]
+    assert html.count('<span class="badge reproduced">reproduced</span>') == 3
+    assert report.claims_table("wins").data.count('class="badge') == 2
+
+
+def test_a_page_begins_with_what_was_found():
+    common = dict(statistic="gap", ci_low=0.1, ci_high=0.3, seeds=5, commit="abc", notebook="n")
+    claims = [
+        dict(id=f"wins.d{s}", claim=f"Small <wins> at width {s}", value=value, verdict=verdict, **common)
+        for s, value, verdict in (
+            (8, -0.01234, "not reproduced"),
+            (16, 0.2, "inconclusive"),
+            (32, 12.3, "inconclusive"),
+        )
+    ]
+    status = {"seconds": 1.0, "profile": "laptop", "device": "", "commit": "", "finished": "", "title": "t"}
+    status |= {"notebook": "n", "status": "ok", "error": ""}
+    nb = new_notebook(cells=[new_markdown_cell("Why?")])
+    html = pages.notebook_html(nb, status, Path("."), claims)
+    top = html[html.index('class="outcome"') : html.index("</section>")]
+    assert html.index("<h1>") < html.index(top) < html.index("<p>Why?")
+    assert "2 inconclusive, 1 not reproduced" in top and top.count("Small &lt;wins&gt;") == 1
+    assert 'class="badge not-reproduced" title="not reproduced: −0.012 [0.100, 0.300]">width 8: −0.012</span>' in top
+    assert ">width 16: 0.2</span>" in top and ">width 32: 12</span>" in top
+    assert 'class="outcome"' not in pages.notebook_html(nb, status, Path("."))
+
+
+def test_code_that_shows_nothing_is_folded_with_the_code_after_it():
+    cells = [new_code_cell(source) for source in ("a = 1", "b = 2", "a + b", "c = 3")]
+    cells[2].outputs = [new_output("stream", name="stdout", text="3")]
+    cells.insert(4, new_markdown_cell("words"))
+    assert [cell.source for cell in pages._together(cells)] == ["a = 1\n\nb = 2\n\na + b", "c = 3", "words"]
+
+
+def test_tables_of_trials_fold_at_any_length_and_those_of_claims_at_none():
+    rows = "<tr><td>1</td></tr>"
+    trials = f"<table><caption>Every trial of it.</caption>{rows}</table>"
+    assert pages.tables(trials).startswith("<details><summary>Every trial of it.")
+    assert not pages.tables(trials.replace("Every trial", "The losses")).startswith("<details>")
+    assert pages.tables(f'<table class="rows claims">{50 * rows}</table>').startswith("<table")
+
+
+def test_an_interval_stands_beside_its_value(project):
+    df = pd.DataFrame(dict(d_s=[8], share=[0.37], share_low=[0.34], share_high=[0.40], mean=[1.0], seeds=[5]))
+    styled = Report("00_a", "laptop").table("t", df)
+    assert styled.data.columns.tolist() == ["width", "share", "mean", "seeds"]
+    assert styled.data.share.tolist() == ["0.370 [0.340, 0.400]"]
+    assert (project / "reports/results/t.csv").read_text().startswith("d_s,share,share_low,share_high,mean,seeds\n")
+
+
+def test_pages_lead_only_to_pages(project):
+    for name in ("00_a", "01_b", "02_c"):
+        write_notebook(project, name, text=f"# {name}’s title", parameters="profile = 'laptop'")
+    page = project / "reports/00_a.html"
+    status = reporting.Status("00_a", "t", "laptop", "ok", 1.0)
+    reporting.render(project / "notebooks/00_a.ipynb", status)
+    assert "01_b" not in page.read_text() and "02_c" not in page.read_text()
+    reporting.render(project / "notebooks/02_c.ipynb", dataclasses.replace(status, notebook="02_c"))
+    reporting.render(project / "notebooks/00_a.ipynb", status)
+    assert "next: 02_c’s title" in page.read_text() and "01_b" not in page.read_text()
+    reporting.render(project / "notebooks/00_a.ipynb", status, ["00_a", "01_b"])
+    assert '<a class="next" href="01_b.html">' in page.read_text()
 
 
 def test_the_time_left_follows_the_pace_of_what_ran_just_now():
@@ -401,10 +462,13 @@ def test_formula_that_cannot_be_converted_is_shown_as_code():
 def test_numbers_for_people():
     shown = {
         0.123456: "0.1235",
-        12.3456: "12.346",
-        2e-5: "2e-05",
-        -0.000988: "-0.00099",
+        0.00125: "0.00125",
+        12.3456: "12.3",
+        2e-5: "2e−05",
+        -0.000988: "−0.000988",
         7: "7",
+        1588112: "1,588,112",
+        float("inf"): "∞",
         12345.6: "12,345.6",
         1234.0: "1,234",
         None: "–",
@@ -416,7 +480,8 @@ def test_numbers_for_people():
     assert pages.interval(claim) == "3.210 [3.000, 3.400]"
     assert pages.interval(claim | {"ci_low": None}) == "3.2100"
     near_zero = {"value": -0.00004, "ci_low": -0.00066, "ci_high": 0.00058}
-    assert pages.interval(near_zero) == "-0.00004 [-0.00066, 0.00058]"
+    assert pages.interval(near_zero) == "−0.00004 [−0.00066, 0.00058]"
+    assert pages.interval({"value": 16.711, "ci_low": 15.653, "ci_high": 17.77}) == "16.7 [15.7, 17.8]"
 
 
 def test_progress_bars_keep_their_last_state():
@@ -520,7 +585,7 @@ def test_readme_shows_every_claim_with_failures_as_visible(tmp_path, monkeypatch
     for _ in range(2):  # a second time changes nothing
         reporting.write_readme_claims()
     text = readme.read_text()
-    found = "width 8: reproduced, -0.200 [-0.300, -0.100]<br>width 16: **not reproduced**, -0.200 [-0.300, -0.100]"
+    found = "width 8: reproduced, −0.200 [−0.300, −0.100]<br>width 16: **not reproduced**, −0.200 [−0.300, −0.100]"
     assert text.count(f"| a model wins<br><sub>gap</sub> | {found} |") == 2
     assert text.index("The paper's claims") < text.index("Harder tests")
     assert "old" not in text and text.startswith("# a\n") and text.endswith("<!-- /claims -->\n\nend\n")
