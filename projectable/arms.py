@@ -138,15 +138,28 @@ DIRECT["specialists_distilled"] = Arm(
     start="source_control",
     max_seeds=3,
 )
-_CUTS = {
-    "pca": "fully trained source cut to its leading directions",
-    "slice": "fully trained source cut to its first entries",
-}
-_CUT: dict = dict(start="source_control", max_seeds=3)
-DIRECT |= {f"cut_{p0}": Arm(words, "cut", {8: 0.0}, "none", options=dict(p0=p0), **_CUT) for p0, words in _CUTS.items()}
+# … and from the source, cut to the leading directions of its activations
+_CUT: dict = dict(options=dict(p0="pca"), max_seeds=3)
 DIRECT |= {
-    f"cut_{p0}_tuned": Arm(f"{words}, then tuned", "cut", _TUNED, "joint", options=dict(p0=p0), **_CUT)
-    for p0, words in _CUTS.items()
+    "cut": Arm("cut from the fully trained source", "cut", {8: 0.0}, "none", "source_control", **_CUT),
+    "cut_tuned": Arm("cut from the fully trained source, tuned", "cut", _TUNED, "joint", "source_control", **_CUT),
+    "source_half": Arm("source alone, half of the steps", "source", {0: 1e-2}, "half", options=_SOURCE, max_seeds=3),
+    "cut_half": Arm(
+        "cut from a source of half the steps, tuned for the other half",
+        "cut",
+        {8: 4e-2, 16: 2.8e-2, 32: 1e-2},
+        "half",
+        "source_half",
+        **_CUT,
+    ),
+    "cut_matched": Arm(
+        "cut from the fully trained source, tuned, the projections' compute",
+        "cut",
+        {8: 2.8e-2, 16: 1.4e-2, 32: 5e-3},
+        "matched",
+        "source_control",
+        **_CUT,
+    ),
 }
 DIRECT |= {
     f"tuned_{share:g}": Arm(f"projected, then {share:.0%} of the steps", "tuned", lr, share, "projected", max_seeds=3)
@@ -170,7 +183,7 @@ BANKS = {
 }
 _LINEAR: dict = dict(max_seeds=3, family="Linear")
 FACTORS = {
-    "layout_per_matrix": _projected("maps of its own for each matrix", z_dim=8, layout="per_matrix", **_LINEAR),
+    "layout_per_matrix": _projected("separate maps for each matrix", z_dim=8, layout="per_matrix", **_LINEAR),
     "p0_random": _projected("start: random orthonormal", z_dim=8, p0="random", **_LINEAR),
     "lambda_1": _projected("λ = 1", z_dim=8, source_weight=1.0, **_LINEAR),
     "z_2": _projected("task vectors of 2 dimensions", z_dim=2, **_LINEAR),
@@ -365,16 +378,15 @@ class Study(Compared):
             options["conditioning"] = dict(self.arms[self.best_universal(*sizes)].options)["conditioning"]
         both = p.source_steps + p.joint_steps
         steps = {"source": p.source_steps, "joint": p.joint_steps, "both": both, "half": both // 2, "none": 1}
-        if isinstance(arm.steps, float):
-            n_steps = max(1, round(arm.steps * both))
-        else:
-            n_steps = self.matched_steps() if arm.steps == "matched" else steps[arm.steps]
+        n_steps = max(1, round(arm.steps * both)) if isinstance(arm.steps, float) else steps.get(arm.steps, 0)
         if arm.start == "universal":  # shorter than the rival itself: both together see as many examples as all arms
             best = self.best_universal(*sizes)
             start = self.config(best, {s: self.rates(best)[s] for s in sizes}, seed).with_(steps=both - n_steps)
         elif arm.start:
             start_rates = {p.d_source: source_rates[0]} if source_rates else self.rates(arm.start)
             start = self.config(arm.start, start_rates, p.seeds[0] if arm.one_start else seed)
+        if arm.steps == "matched":
+            n_steps = self.matched_steps(start)
         source_lr = 0.0
         if arm.model == "source":
             (source_lr,) = rates.values()
@@ -399,11 +411,15 @@ class Study(Compared):
             start=start,
         )
 
-    def matched_steps(self) -> int:
-        """Steps with which the universal models of all sizes cost what source and projections of all sizes do."""
+    def matched_steps(self, start: RunConfig | None = None) -> int:
+        """Steps with which small models of all sizes cost what source and projections of all sizes do.
+
+        Where all of them start from one run, what that has cost is spent.
+        """
         ours = self.config("projected", {s: 1e-3 for s in self.sizes}, self.profile.seeds[0])
         rival = [self.config("universal_film", {s: 1e-2}, self.profile.seeds[0]) for s in self.sizes]
-        return round(rival[0].steps * operations(ours) / sum(map(operations, rival)))
+        left = operations(ours) - (operations(start) if start is not None else 0.0)
+        return round(rival[0].steps * left / sum(map(operations, rival)))
 
     # ------------------------------------------------------------------------------------- sweeps and seeds
 

@@ -26,8 +26,8 @@ PRECISIONS = ("float32", "bfloat16")
 class DataConfig:
     """Which tasks: the arguments of `tasks.make_tasks`."""
 
-    dataset: str = "fashion"  # fashion, digits
-    tasks: str = "classes"  # classes, clustersK
+    dataset: str = "fashion"  # a name that `make_tasks` takes: fashion, digits, glyphs, text, folder:PATH, …
+    tasks: str = "classes"  # classes, clustersK, … (see there)
     vocab_size: int = 128  # codes of the codebook
     patch: int = 4  # pixels
     val_per_class: int = 600  # images held back for every choice
