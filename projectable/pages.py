@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 TEMPLATES = Path(__file__).parent / "page"
-VERDICTS = ("reproduced", "inconclusive", "not reproduced")
+VERDICTS = {"reproduced": "✓", "inconclusive": "?", "not reproduced": "✗"}
 
 
 # ------------------------------------------------------------------------------------------------- a notebook as a file
@@ -406,9 +406,10 @@ def claim_families(claims: Sequence[dict]) -> list[tuple[str, str, list[tuple[st
 
 
 def counted(claims: Sequence[dict]) -> str:
-    """`13 reproduced, 7 inconclusive`."""
+    """`✓ 13 reproduced, ? 7 inconclusive`."""
     verdicts = [claim["verdict"] for claim in claims]
-    return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS if verdict in verdicts)
+    found = [(mark, verdicts.count(verdict), verdict) for verdict, mark in VERDICTS.items() if verdict in verdicts]
+    return ", ".join(f"{mark} {count} {verdict}" for mark, count, verdict in found)
 
 
 def claims_html(
@@ -417,7 +418,7 @@ def claims_html(
     """Claims by group as a table, a row for those alike but for width and images; with `thumbs`, by notebook, as the
     index has it; `brief`: the first group's verdicts and values only.
     """
-    return _template("found.html.j2").render(groups=groups, thumbs=thumbs, brief=brief)
+    return _template("found.html.j2").render(groups=groups, thumbs=thumbs, brief=brief, marks=VERDICTS)
 
 
 def _template(name: str):

@@ -365,9 +365,9 @@ def test_a_page_begins_with_what_was_found():
     html = pages.notebook_html(nb, status, Path("."), claims)
     top = html[html.index('class="outcome"') : html.index("</section>")]
     assert html.index("<h1>") < html.index(top) < html.index("<p>Why?")
-    assert "2 inconclusive, 1 not reproduced" in top and top.count("Small &lt;wins&gt;") == 1
-    assert 'class="badge not-reproduced" title="not reproduced: −0.012 [0.100, 0.300]">width 8: −0.012</span>' in top
-    assert ">width 16: 0.2</span>" in top and ">width 32: 12</span>" in top
+    assert "? 2 inconclusive, ✗ 1 not reproduced" in top and top.count("Small &lt;wins&gt;") == 1
+    assert 'class="badge not-reproduced" title="not reproduced: −0.012 [0.100, 0.300]">✗ width 8: −0.012</span>' in top
+    assert ">? width 16: 0.2</span>" in top and ">? width 32: 12</span>" in top
     assert 'class="outcome"' not in pages.notebook_html(nb, status, Path("."))
 
 
