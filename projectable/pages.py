@@ -135,6 +135,12 @@ def number(value) -> str:
     return re.sub(r"^-(?=[\d∞])|(?<=e)-", "−", text)
 
 
+def short(value: float | None) -> str:
+    """A value in two digits, where there is no room for more."""
+    text = number(value if value is None else float(f"{value:.2g}"))
+    return text.rstrip("0").removesuffix(".") if "." in text else text
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as `8 s`, `3 min 20 s` or `1 h 05 min`."""
     if seconds is None:
@@ -428,7 +434,7 @@ def _template(name: str):
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     environment.filters.update(interval=interval, duration=duration, trained=trained, when=when, number=number)
     environment.filters.update(families=claim_families, counted=counted, slug=lambda words: words.replace(" ", "-"))
-    environment.filters["short"] = lambda value: number(float(f"{value:.2g}")).rstrip("0").rstrip(".")
+    environment.filters["short"] = short
     return environment.get_template(name)
 
 
