@@ -156,9 +156,10 @@ def _lines_over_size(df: pd.DataFrame, group: str, value: str, ylabel: str, summ
     """Seeds as points, means with intervals as lines, against size."""
     fig, (ax,) = _panels(1)
     names = list(dict.fromkeys(df[group]))
+    aside = (df["d_s"].max() / df["d_s"].min()) ** 0.018 if len(df) else 1.0  # so that intervals stay apart
     for place, (name, look) in enumerate(looks(names).items()):
         rows = df[df[group] == name]
-        shift = 1.025 ** (place - (len(names) - 1) / 2)  # side by side, so that intervals stay apart
+        shift = aside ** (place - (len(names) - 1) / 2)
         if summary is None:
             means = [(size, *t_interval(part)) for size, part in rows.groupby("d_s")[value]]
         else:
