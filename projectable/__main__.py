@@ -32,7 +32,9 @@ profile_option = click.option(
 
 
 executor_option = click.option(
-    "--executor", metavar="local|slurm", help="Train as jobs of submitit, on this machine or on Slurm."
+    "--executor",
+    type=click.Choice(["local", "slurm"]),
+    help="Train as jobs of submitit, on this machine or on Slurm.",
 )
 
 
@@ -94,6 +96,11 @@ def find_run(name: str | Path) -> Run:
     folder = Path(name) if (Path(name) / "config.json").exists() else runs_dir() / name
     if not (folder / "config.json").exists():
         raise ConfigError(f"no run {str(name)!r}; allowed: the folder of a run, or the name of one in {runs_dir()}")
+    if (folder / "diverged.json").exists():
+        remembered = folder / "diverged.json"
+        raise ConfigError(f"{folder} diverged: {read_json(remembered)['error']}; delete {remembered} to try again")
+    if (folder / "model.safetensors").exists() and not (folder / "history.json").exists():
+        raise ConfigError(f"{folder} is no run but a small model: `projectable sample`, `evaluate` and `info` take it")
     if not (folder / "result.json").exists():
         raise ConfigError(f"{folder} is not finished: `projectable train {folder / 'config.json'}` goes on with it")
     config = config_from(read_json(folder / "config.json"), MODELS, str(folder / "config.json"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Collection
@@ -208,7 +209,7 @@ def get_profile(name: str) -> Profile:
 # ---------------------------------------------------------------------------------------------- a config as JSON
 
 AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
-AT_LEAST_0 = ("warmup", "weight_decay", "val_images", "patience")
+AT_LEAST_0 = ("warmup", "val_images", "patience")
 ONE_SIZE = (
     "universal",
     "support_universal",
@@ -231,6 +232,15 @@ NEED_START = (
     "projectable",
     "masked_projectable",
 )
+
+
+STARTS = {  # whose start is of one kind, and of the same data and source
+    "projectable": "source",
+    "masked_projectable": "masked_source",
+    "distilled": "source",
+    "cut": "source",
+    "tuned": "projectable",
+}
 
 
 class ConfigError(ValueError):
@@ -260,7 +270,11 @@ def config_from(found: dict, models: Collection[str], where: str = "config") -> 
 
     `models` are the names of models that are allowed.
     """
-    config = _build(RunConfig, found, where)
+    return _checked(_build(RunConfig, found, where), models, where)
+
+
+def _checked(config: RunConfig, models: Collection[str], where: str) -> RunConfig:
+    """A config, and what it starts from, whose values can be. Raises ConfigError."""
     if config.model not in models:
         raise ConfigError(f"{where}: unknown model {config.model!r}; allowed: {', '.join(models)}")
     for name in AT_LEAST_1:
@@ -269,12 +283,36 @@ def config_from(found: dict, models: Collection[str], where: str = "config") -> 
     for name in AT_LEAST_0:
         if getattr(config, name) < 0:
             raise ConfigError(f"{where}: {name}={getattr(config, name)}; allowed: 0 or more")
-    if not config.clip > 0:
+    if not 0 < config.clip < math.inf:
         raise ConfigError(f"{where}: clip={config.clip}; allowed: more than 0")
+    for name, value in (
+        ("source_lr", config.source_lr),
+        ("weight_decay", config.weight_decay),
+        *config.rates().items(),
+    ):
+        if not 0 <= value < math.inf:
+            name = name if name in ("source_lr", "weight_decay") else f"lr of {name}"
+            raise ConfigError(f"{where}: {name}={value}; allowed: 0 or more")
+    if len(set(config.sizes)) < len(config.sizes):
+        raise ConfigError(f"{where}: sizes={list(config.sizes)}; allowed: each once")
+    for name, most in (("seed", 2**63 - 1), ("steps", 10**9)):
+        if not 0 <= getattr(config, name) <= most:
+            raise ConfigError(f"{where}: {name}={getattr(config, name)}; allowed: up to {most}, not negative")
     if config.model in ONE_SIZE and len(config.sizes) != 1:
         raise ConfigError(f"{where}: sizes={list(config.sizes)}; allowed for model {config.model!r}: one size")
     if config.model in NEED_START and config.start is None:
         raise ConfigError(f"{where}: model {config.model!r} needs 'start', the config of what it starts from")
+    if config.start is not None:
+        _checked(config.start, models, f"{where}, start")
+        allowed = STARTS.get(config.model, config.start.model)
+        if config.start.model != allowed:
+            raise ConfigError(
+                f"{where}, start: model {config.start.model!r}; allowed for {config.model!r}: {allowed!r}"
+            )
+        for name in ("data", "d_source", "n_layers") if config.model in STARTS else ():
+            its, own = getattr(config.start, name), getattr(config, name)
+            if its != own:
+                raise ConfigError(f"{where}, start: {name}={its}; allowed: that of the run itself, {own}")
     return config
 
 

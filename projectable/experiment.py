@@ -362,20 +362,28 @@ class Run:
     @cached_property
     def history(self) -> list[dict]:
         """Rows of step, member, split, loss."""
-        return read_json(self.folder / "history.json")["rows"]
+        return self._whole(read_json, "history.json")["rows"]
 
     def model(self) -> Model:
         """The trained model, on the CPU; what it started from need not be there (nor is a distilled one's teacher).
 
         Raises DamagedFile where the weights are damaged or another run's.
         """
-        path = self.folder / "model.safetensors"
-        tensors, about = load_tensors(path)
+        tensors, about = self._whole(load_tensors, "model.safetensors")
         model = _blank(self.config, data_for(self.config.data))
         if about.get("config") != self.config.key() or model.state_dict().keys() != tensors.keys():
-            raise DamagedFile(f"{path} holds the weights of another run: delete {self.folder} and run again")
+            raise DamagedFile(f"{self.folder} holds the weights of another run: delete that folder and run again")
         model.load_state_dict(tensors)
         return model.eval()
+
+    def _whole(self, read: Callable[[Path], Any], name: str) -> Any:
+        """What one of its files holds. Raises DamagedFile where it is damaged or gone: the folder has to go then."""
+        path = self.folder / name
+        try:
+            return read(path)
+        except (DamagedFile, FileNotFoundError) as error:
+            found = f"{path} is gone" if isinstance(error, FileNotFoundError) else f"{error}".rpartition(": ")[0]
+            raise DamagedFile(f"{found}: delete the folder {self.folder} and run again") from None
 
     def test_losses(self) -> dict[str, Tensor]:
         """Nats per token on all test images: {member: (n_tasks,)}. Computed once, after all choices are made."""
@@ -427,7 +435,8 @@ def run(
 
     def is_there() -> bool:
         if has_diverged(config):
-            raise DivergedError(read_json(folder / "diverged.json")["error"])
+            remembered = folder / "diverged.json"
+            raise DivergedError(f"{read_json(remembered)['error']} (remembered: delete {remembered} to try again)")
         return is_done(config)
 
     if not team.first(is_there):
@@ -504,7 +513,9 @@ def _work(config: RunConfig, folder: Path, test: bool, threads: int = 0) -> None
         torch.set_num_threads(threads)
     if folder_of(config) != folder:
         raise RuntimeError(
-            f"code or images were changed while this process ran: start it again (a worker would write {folder})"
+            f"code or images were changed while this process ran: start it again (a worker would write {folder}); or "
+            "data, a family or a conditioning were registered where a worker does not come by, in a notebook or under "
+            "`__main__`: put them into a module that it imports, or set PROJECTABLE_WORKERS=1"
         )
     if not is_done(config):
         share = _own_operations(config) / config.steps

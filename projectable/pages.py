@@ -33,7 +33,7 @@ def read_notebook(path: Path):
     try:
         return nbformat.read(path, as_version=4)
     except Exception as error:  # nbformat raises many kinds
-        raise ReportError(f"{path.name} is not readable as a notebook: {error}") from error
+        raise ReportError(f"{path} is not readable as a notebook: {error}") from error
 
 
 def notebook_title(path: Path) -> str:

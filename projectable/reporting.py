@@ -83,7 +83,16 @@ def _plain(value):
 
 
 def _read_json(path: Path, default):
-    return json.loads(path.read_text()) if path.exists() else default
+    """The JSON in a file, an object or a list as `default` is; that itself without one. Raises ReportError."""
+    if not path.exists():
+        return default
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ReportError(f"{path} is damaged ({error}): delete it") from None
+    if not isinstance(value, type(default)):
+        raise ReportError(f"{path} is damaged (no {type(default).__name__}): delete it")
+    return value
 
 
 # ------------------------------------------------------------------------------------------ inside a notebook
@@ -284,7 +293,8 @@ class Status:
 def read_status(path: Path, profile: str) -> Status:
     """The last known status of a notebook."""
     fresh = Status(path.stem, notebook_title(path), profile)
-    return Status(**(dataclasses.asdict(fresh) | _read_json(fresh.path(), {})))
+    found = dataclasses.asdict(fresh)
+    return Status(**(found | {name: value for name, value in _read_json(fresh.path(), {}).items() if name in found}))
 
 
 def run_notebook(path: Path, profile: str, parameters: dict | None = None, among: list[str] | None = None) -> Status:

@@ -97,6 +97,10 @@ def draft_of(path: Path) -> Iterator[Path]:
         yield draft
         draft.chmod(mode)
         draft.replace(path)
+    except (OSError, SafetensorError) as error:
+        if "No space left" in str(error):
+            raise WriteError(f"{path.parent} is full: make room and run again (what was there is kept)") from None
+        raise
     finally:
         with contextlib.suppress(OSError):  # where it could not even be made
             draft.unlink()

@@ -1,6 +1,7 @@
 """The command line as a user types it: train → project → sample → evaluate → info, and what it says to bad input."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from projectable import experiment
 from projectable.__main__ import check_current, cli, find_run, main
 from projectable.config import ConfigError, config_from, read_config
 from projectable.experiment import MODELS
-from projectable.storage import load_tensors
+from projectable.storage import load_tensors, write_json
 
 ROOT = Path(__file__).parents[1]
 TRAINED = dict(sizes=(8, 16), lr=(2e-3, 2e-3), options=dict(family="Linear", z_dim=4))
@@ -162,6 +163,7 @@ def test_errors_are_one_line_that_names_the_value(trained, model, tmp_path, caps
         (("evaluate", model, "--split", "all"), "unknown split 'all'; allowed: train, val, test"),
         (("evaluate", tmp_path / "x"), "x does not exist; allowed: a folder"),
         (("evaluate", trained.folder), "is a run, of many tasks"),
+        (("project", model, "--task", 3, "--width", 8, "-o", tmp_path / "x"), "threes is no run but a small model: "),
         (("sample", model, "-o", "x.gif"), "x.gif is no PNG file"),
         (("sample", model, "-o", tmp_path / "x.png", "--temperature", "nan"), "temperature=nan is no temperature"),
         (("info", "nowhere"), "no run 'nowhere'; allowed: "),
@@ -212,6 +214,20 @@ GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
         (dict(patience=-1), "patience=-1; allowed: 0 or more"),
         (dict(val_images=-5), "val_images=-5; allowed: 0 or more"),
         (dict(clip=0.0), "clip=0.0; allowed: more than 0"),
+        (dict(clip=math.nan), "clip=nan; allowed: more than 0"),
+        (dict(lr=[-1e-3]), "lr of d8=-0.001; allowed: 0 or more"),
+        (dict(source_lr=math.inf), "source_lr=inf; allowed: 0 or more"),
+        (dict(weight_decay=math.nan), "weight_decay=nan; allowed: 0 or more"),
+        (dict(sizes=[8, 8], lr=[1e-3, 1e-3]), r"sizes=\[8, 8\]; allowed: each once"),
+        (dict(seed=-1), "seed=-1; allowed: up to 9223372036854775807, not negative"),
+        (dict(steps=10**12), "steps=1000000000000; allowed: up to 1000000000"),
+        (dict(start=GOOD["start"] | dict(steps=0)), "start: steps=0; allowed: 1 or more"),
+        (dict(d_source=32), "start: d_source=16; allowed: that of the run itself, 32"),
+        (dict(data=GOOD["data"] | dict(dataset="fashion")), "start: data=.*digits.*; allowed: that of the run itself"),
+        (
+            dict(start=GOOD["start"] | dict(model="universal", sizes=[8], lr=[0.01])),
+            "start: model 'universal'; allowed for 'projectable': 'source'",
+        ),
         (dict(model="tuned", start=None), "'tuned' needs 'start'"),
         (dict(steps=1.5), "steps=1.5; allowed: int"),
         (dict(seed=True), "seed=True; allowed: int"),
@@ -245,6 +261,15 @@ def test_an_unfinished_run_says_how_to_go_on(tmp_path, other_runs):
     folder.mkdir(parents=True)
     written(folder, asdict(tiny()))
     with pytest.raises(ConfigError, match=r"is not finished: `projectable train .*config.json` goes on with it"):
+        find_run(folder.name)
+
+
+def test_a_run_that_diverged_says_so_and_what_to_delete(tmp_path, other_runs):
+    folder = experiment.folder_of(tiny())
+    folder.mkdir(parents=True)
+    written(folder, asdict(tiny()))
+    write_json(folder / "diverged.json", {"error": "the loss is nan at step 2"})
+    with pytest.raises(ConfigError, match=r"diverged: the loss is nan at step 2; delete .*diverged.json to try again"):
         find_run(folder.name)
 
 

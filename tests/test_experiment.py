@@ -95,7 +95,7 @@ def test_a_finished_model_is_loaded_without_what_it_started_from(source, other_r
 def test_weights_of_another_run_are_refused(other_runs):
     one, two = run(tiny(steps=2)), run(tiny(steps=2, seed=1))
     shutil.copy(two.folder / "model.safetensors", one.folder)
-    with pytest.raises(DamagedFile, match=r"model\.safetensors holds the weights of another run: delete"):
+    with pytest.raises(DamagedFile, match="holds the weights of another run: delete"):
         one.model()
 
 
@@ -464,6 +464,19 @@ def test_a_source_cut_to_its_own_width_is_that_source(source, digits, p0):
     if p0 == "slice":
         first = source.model().plain["qkv"][0, :8, :8] * 2**0.5  # of the queries; √(d/d_s) as in every projection
         assert torch.allclose(half.per_task["qkv"][3, 0, :, :8], first)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "history.json"])
+@pytest.mark.parametrize("what", ["gone", "damaged"])
+def test_of_a_run_that_lost_a_file_the_folder_has_to_go(other_runs, name, what):
+    path = run(tiny(steps=2)).folder / name
+    path.unlink() if what == "gone" else path.write_bytes(path.read_bytes()[:-9])
+    found = experiment.Run(tiny(steps=2), path.parent)
+    with pytest.raises(DamagedFile, match=rf"{name} is {what}.*: delete the folder {path.parent} and run again$"):
+        found.model() if name.startswith("model") else found.history
+    shutil.rmtree(path.parent)  # as it says
+    again = run(tiny(steps=2))
+    assert again.model() and again.history
 
 
 def test_runs_that_diverge_are_remembered_and_do_not_keep_others_from_training(tmp_path, monkeypatch):

@@ -335,7 +335,9 @@ def test_the_notebook_takes_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PROJECTABLE_ROOT", str(tmp_path))
     status = reporting.run_notebook(Path(notebook), "smoke", {"folder": str(folder), "d_s": 8})
     assert (status.status, status.error) == ("ok", "")
-    results = tmp_path / "reports" / "smoke" / "results"
+    own = tmp_path / "build" / "smoke" / "own_report"
+    results = own / "results"
+    assert not (tmp_path / "reports" / "smoke" / "figures").exists(), "own pictures stay out of what git keeps"
     found = json.loads((results / "15_your_own_data.json").read_text())
     assert (found["images"], found["broken"], found["size"]) == (120, 1, [8, 8, 3])
     losses = pd.read_csv(results / "own_losses.csv").set_index("class")
@@ -347,7 +349,7 @@ def test_the_notebook_takes_a_folder(tmp_path, monkeypatch):
     assert counts["left out"].tolist() == [0, 0, 1] and counts["images (all)"].tolist() == [40, 40, 40]
     model = load(tmp_path / "build" / "smoke" / "own_model")
     assert model.task == "cats" and model.config["losses"]["test"] == pytest.approx(losses.projected["cats"], abs=1e-4)
-    shown = np.asarray(Image.open(tmp_path / "reports" / "smoke" / "figures" / "own_samples.png").convert("RGB"))
+    shown = np.asarray(Image.open(own / "figures" / "own_samples.png").convert("RGB"))
     assert np.ptp(shown.astype(int), axis=-1).max() > 50  # in colour
 
 

@@ -394,6 +394,18 @@ def test_an_interval_stands_beside_its_value(project):
     assert (project / "reports/results/t.csv").read_text().startswith("d_s,share,share_low,share_high,mean,seeds\n")
 
 
+def test_a_damaged_report_file_is_named(project):
+    path = write_notebook(project, "00_a")
+    status = Status("00_a", "t", "laptop", "ok", 1.0)
+    status.write()
+    for content, words in (("", "Expecting value"), ("[]", "no dict")):
+        status.path().write_text(content)
+        with pytest.raises(ReportError, match=rf"00_a\.json is damaged \({words}.*: delete it"):
+            reporting.read_status(path, "laptop")
+    status.path().write_text('{"status": "ok", "foo": 1}')  # of another version
+    assert reporting.read_status(path, "laptop").status == "ok"
+
+
 def test_pages_lead_only_to_pages(project):
     for name in ("00_a", "01_b", "02_c"):
         write_notebook(project, name, text=f"# {name}’s title", parameters="profile = 'laptop'")

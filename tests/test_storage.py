@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from projectable import storage
 from projectable.storage import (
     DamagedFile,
+    WriteError,
+    draft_of,
     load_tensors,
     locked,
     read_json,
@@ -98,6 +101,16 @@ def test_a_file_of_somebody_else_is_refused(saved):
         load_tensors(saved)
 
 
+def test_where_the_disk_is_full_the_folder_is_named_and_the_old_file_kept(tmp_path):
+    write_atomically(tmp_path / "a.txt", "old")
+    for error in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")):
+        with pytest.raises(WriteError, match=f"{tmp_path} is full: make room"), draft_of(tmp_path / "a.txt"):
+            raise error
+    with pytest.raises(OSError, match="other"), draft_of(tmp_path / "a.txt"):
+        raise OSError(5, "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+
+
 def test_a_missing_file_is_missing_not_damaged(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_tensors(tmp_path / "nothing")
@@ -109,7 +122,7 @@ def test_a_write_that_fails_leaves_the_old_tensors(saved, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(storage, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WriteError, match="is full"):
         save_tensors(saved, {"other": torch.ones(1)}, {})
     assert same(*load_tensors(saved))
 
@@ -122,7 +135,7 @@ def test_a_write_that_fails_leaves_nothing_behind(saved, monkeypatch, kind):
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     monkeypatch.setattr(storage, "save_file", lambda tensors, path, about: full_disk(path))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WriteError, match="is full"):
         write_atomically(saved, "new") if kind == "json" else save_tensors(saved, TENSORS, {})
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
