@@ -127,7 +127,6 @@ def facts(run: Run) -> dict[str, str]:
 
     config, result = run.config, run.result
     options = ", ".join(f"{name}={value}" for name, value in config.options)
-    examples = config.steps * config.tasks_per_step * config.images_per_task
     losses = ", ".join(f"{member} {loss:.4f}" for member, loss in result["val"].items())
     unit = "nats per masked token" if config.model.startswith("masked_") else "nats per token"
     rates = ", ".join(f"{member} {rate:g}" for member, rate in config.rates().items() if rate)
@@ -136,10 +135,10 @@ def facts(run: Run) -> dict[str, str]:
         "members": ", ".join(result["val"]),
         "source": f"width {config.d_source}, {config.n_layers} layers",
         "data": f"{config.data.dataset}, tasks: {config.data.tasks}, {config.data.vocab_size} codes",
-        "steps": f"{config.steps:,} ({examples:,} images), the best at {result['best_step']:,}",
+        "steps": f"{run.history[-1]['step']:,} of {config.steps:,}, the best at {result['best_step']:,}",
         "learning rates": rates,
         "val loss": f"{losses} ({unit}, mean over tasks, {config.val_images or 'all'} images each)",
-        "parameters": f"{result['n_parameters']:,} trained",
+        "parameters": f"{result['n_parameters']:,}, frozen ones included",
         "seconds": f"{result['seconds']:.0f} on {result['device']}",
         "seed, commit": f"{config.seed}, {result['commit']}",
         "starts from": str(folder_of(config.start)) if config.start else "nothing",

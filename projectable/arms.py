@@ -378,7 +378,8 @@ class Study(Compared):
             options["conditioning"] = dict(self.arms[self.best_universal(*sizes)].options)["conditioning"]
         both = p.source_steps + p.joint_steps
         steps = {"source": p.source_steps, "joint": p.joint_steps, "both": both, "half": both // 2, "none": 1}
-        n_steps = max(1, round(arm.steps * both)) if isinstance(arm.steps, float) else steps.get(arm.steps, 0)
+        steps["matched"] = 0  # set below
+        n_steps = max(1, round(arm.steps * both)) if isinstance(arm.steps, float) else steps[arm.steps]
         if arm.start == "universal":  # shorter than the rival itself: both together see as many examples as all arms
             best = self.best_universal(*sizes)
             start = self.config(best, {s: self.rates(best)[s] for s in sizes}, seed).with_(steps=both - n_steps)

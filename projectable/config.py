@@ -210,6 +210,7 @@ def get_profile(name: str) -> Profile:
 
 AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
 AT_LEAST_0 = ("warmup", "val_images", "patience")
+NO_START = ("universal", "support_universal", "hard_mixture", "masked_universal")
 ONE_SIZE = (
     "universal",
     "support_universal",
@@ -293,6 +294,10 @@ def _checked(config: RunConfig, models: Collection[str], where: str) -> RunConfi
         if not 0 <= value < math.inf:
             name = name if name in ("source_lr", "weight_decay") else f"lr of {name}"
             raise ConfigError(f"{where}: {name}={value}; allowed: 0 or more")
+    if config.data.val_per_class < 0:
+        raise ConfigError(f"{where}: val_per_class={config.data.val_per_class}; allowed: 0 or more")
+    if config.model in NO_START and config.start is not None:
+        raise ConfigError(f"{where}: model {config.model!r} starts from nothing; allowed: no 'start'")
     if len(set(config.sizes)) < len(config.sizes):
         raise ConfigError(f"{where}: sizes={list(config.sizes)}; allowed: each once")
     for name, most in (("seed", 2**63 - 1), ("steps", 10**9)):

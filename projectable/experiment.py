@@ -84,19 +84,18 @@ def _strings(value) -> Iterator[str]:
             yield from _strings(part)
 
 
-_words: dict[str, tuple[str, ...]] = {}
-
-
+@cache
 def _words_of(config: RunConfig) -> tuple[str, ...]:
     """All strings in a config, found once."""
-    if config.key() not in _words:
-        _words[config.key()] = tuple(_strings(asdict(config)))
-    return _words[config.key()]
+    return tuple(_strings(asdict(config)))
+
+
+_versions = cache(text.versions)  # 10 ms; they do not change meanwhile
 
 
 def _content(config: DataConfig) -> str:
     """What data depend on that may change without their config: images in a folder, texts of installed packages."""
-    return text.versions() if config.dataset == "text" else content_key(config.dataset)
+    return _versions() if config.dataset == "text" else content_key(config.dataset)
 
 
 def _data_code(config: DataConfig) -> str:
@@ -153,8 +152,18 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
 
 
 def build(config: RunConfig, data: TaskData) -> Model:
-    """The untrained model of a config, on the CPU; what it starts from is found, or trained first."""
-    return untrained(config, data, run(config.start).model() if config.start is not None else None)
+    """The untrained model of a config, on the CPU; what it starts from is found, or trained first.
+
+    Raises ValueError where that would give a model of another width than the config says.
+    """
+    model = untrained(config, data, run(config.start).model() if config.start is not None else None)
+    for member in model.members:
+        width = config.d_source if member == "source" else int(member[1:])
+        with torch.no_grad():
+            found = model.weights(member, torch.arange(1))["qkv"].shape[-2]
+        if found != width:
+            raise ValueError(f"{config.model!r}: {member} would have width {found}; allowed: a start of width {width}")
+    return model
 
 
 def untrained(config: RunConfig, data: TaskData, start: Model | None) -> Model:
@@ -292,7 +301,7 @@ TAUGHT = {"distilled": "universal", "distilled_specialists": "specialists"}  # w
 
 
 def operations(config: RunConfig) -> float:
-    """Multiply-adds of a run's training, its start and the generation of projections included.
+    """Multiply-adds of a run's training, its start and the generation of a projectable's models included.
 
     Of matrix products alone. Forward and backward count as three forward passes; a frozen source's inner pass does not
     exist. A masked model counts as its causal twin: its attention costs twice as much, its head half.
@@ -440,16 +449,16 @@ def run(
         return is_done(config)
 
     if not team.first(is_there):
-        try:
-            if config.start is not None:
-                run(config.start, report, stop, team)
-            lock = locked(folder.with_suffix(".lock"), lambda: print(said, file=sys.stderr))
-            with lock if team.rank == 0 else nullcontext():
-                if not team.first(is_there):
+        lock = locked(folder.with_suffix(".lock"), lambda: print(said, file=sys.stderr))
+        with lock if team.rank == 0 else nullcontext():
+            if not team.first(is_there):
+                try:
+                    if config.start is not None:
+                        run(config.start, report, stop, team)
                     _train(config, folder, report, stop, team)
-        except DivergedError as error:
-            words = {"error": str(error)}
-            team.first(lambda: write_json(folder / "diverged.json", words))
+                except DivergedError as error:
+                    words = {"error": str(error)}
+                    team.first(lambda: write_json(folder / "diverged.json", words))
         if team.rank == 0:
             folder.with_suffix(".lock").unlink(missing_ok=True)
         team.first(is_there)  # raises where it diverged

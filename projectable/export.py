@@ -188,7 +188,7 @@ def read_config(folder: Path) -> dict:
 
 def looks_like_model(folder: Path) -> bool:
     """Whether the folder was meant as such a model, whole or not; a run's folder was not."""
-    of_runs = ("history.json", "result.json", "checkpoint.safetensors")
+    of_runs = ("history.json", "result.json", "checkpoint.safetensors", "diverged.json")
     return folder.exists() and not any((folder / name).exists() for name in of_runs)
 
 

@@ -168,7 +168,7 @@ def interval(claim: dict) -> str:
     end reads as 0.
     """
     ends = [claim["value"], claim["ci_low"], claim["ci_high"]]
-    if None in ends or ends[1] == ends[2]:
+    if None in ends or not all(map(math.isfinite, ends)) or ends[1] == ends[2]:
         return number(claim["value"])
     decimals = min(max(1 - math.floor(math.log10(abs(ends[2] - ends[1]))), 3 if abs(ends[0]) < 10 else 1), 6)
     while decimals < 6 and 0 < min(map(abs, ends)) < 0.5 * 10**-decimals:  # no end reads as 0 that has a sign

@@ -117,8 +117,7 @@ class Report:
         return _styled(df, caption)
 
     def figure(self, name: str, fig, caption: str) -> None:
-        """Write a figure to `figures/<name>.png`, show it once with its caption, and close it."""
-        import matplotlib.pyplot as plt
+        """Write a figure to `figures/<name>.png` and show it once with its caption."""
         from IPython.display import Image, Markdown, display
         from PIL import Image as Pixels
 
@@ -128,7 +127,6 @@ class Report:
             with Pixels.open(draft) as pixels:  # 256 colours: looks the same, at a third of the size
                 few = pixels.convert("RGB").quantize(256)
             few.save(draft, "PNG", optimize=True)
-        plt.close(fig)
         display(Image(str(path), alt=caption), metadata={"figure": name})
         display(Markdown(f"<small>{caption}</small>"))
 

@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -30,12 +31,12 @@ from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DamagedFile(RuntimeError):
@@ -53,6 +54,8 @@ def root() -> Path:
 
 def device() -> str:
     """What computes here, in words."""
+    import torch
+
     cuda = torch.cuda.is_available()
     return f"cuda: {torch.cuda.get_device_name()}" if cuda else f"cpu: {os.cpu_count()} cores"
 
@@ -90,7 +93,7 @@ def _touch(path: Path) -> None:
 @contextlib.contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
     """A file to write to beside `path`; it takes the place of `path` at the end, or goes where writing fails."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # two machines may share the id of a process
     try:
         _touch(draft)
         mode = draft.stat().st_mode  # the umask's: safetensors would leave files that only their owner reads
@@ -113,6 +116,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def _digest(tensors: dict[str, Tensor], about: str) -> str:
+    import torch
+
     sha = hashlib.sha256(about.encode())
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
@@ -123,6 +128,8 @@ def _digest(tensors: dict[str, Tensor], about: str) -> str:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write tensors and a JSON-able description as one checksummed safetensors file, atomically."""
+    from safetensors.torch import save_file
+
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     words = json.dumps(about, sort_keys=True)
     with draft_of(path) as draft:
@@ -131,6 +138,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """What `save_tensors` wrote; raises DamagedFile where a bit of it has changed or a part is missing."""
+    from safetensors.torch import load_file, safe_open
+
     advice = "delete it and run again"
     try:
         with safe_open(path, framework="pt") as file:

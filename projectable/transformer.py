@@ -296,7 +296,7 @@ PLAIN_AXES = dict(embedding=2, positions=2, qkv=3, out=3, up=3, down=3, head=2, 
 class _Decoder:
     """Prepared weights of T tasks and the caches of n sequences each: `step(tokens before) → logits`."""
 
-    def __init__(self, weights: Weights, n_tasks: int, n: int, length: int, d_head: int, temperature: float = 1.0):
+    def __init__(self, weights: Weights, n_tasks: int, n: int, length: int, d_head: int, temperature: float):
         d, room = weights["qkv"].shape[-2], weights["positions"].shape[-2]
         if not 1 <= length <= room:
             raise ValueError(f"length={length} does not fit the model's positions; allowed: 1 to {room}")
@@ -375,11 +375,3 @@ def sample(
         drawn = torch.searchsorted(total, point.mul_(total[..., -1:]), right=True)
         tokens.append(drawn.squeeze(-1).clamp_max_(total.shape[-1] - 1))
     return torch.stack(tokens, -1)
-
-
-@torch.no_grad()
-def logits_cached(weights: Weights, tokens: Tensor, d_head: int = 8) -> Tensor:
-    """What `forward` gives, token by token as `sample` does it: tokens (T, n, N) → (T, n, N, V)."""
-    n_tasks, n, length = tokens.shape
-    decoder = _Decoder(weights, n_tasks, n, length, d_head)
-    return torch.stack([decoder.step(t) for t in (None, *tokens[..., :-1].unbind(-1))], 2)

@@ -180,6 +180,11 @@ def test_errors_are_one_line_that_names_the_value(trained, model, tmp_path, caps
         main()
 
 
+def test_the_command_line_is_light():
+    code = "import sys, projectable.__main__; print([name for name in ('torch', 'pandas') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
 def test_a_config_survives_json():
     for config in (tiny(), tiny_projectable(**TRAINED), tiny_source(start=tiny_source(), patience=2)):
         again = config_from(json.loads(json.dumps(asdict(config))), MODELS)
@@ -214,6 +219,8 @@ GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
         (dict(patience=-1), "patience=-1; allowed: 0 or more"),
         (dict(val_images=-5), "val_images=-5; allowed: 0 or more"),
         (dict(clip=0.0), "clip=0.0; allowed: more than 0"),
+        (dict(data=GOOD["data"] | dict(val_per_class=-5)), "val_per_class=-5; allowed: 0 or more"),
+        (dict(model="universal"), "model 'universal' starts from nothing; allowed: no 'start'"),
         (dict(clip=math.nan), "clip=nan; allowed: more than 0"),
         (dict(lr=[-1e-3]), "lr of d8=-0.001; allowed: 0 or more"),
         (dict(source_lr=math.inf), "source_lr=inf; allowed: 0 or more"),
@@ -236,7 +243,7 @@ GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
         (dict(sizes=[8, 16]), "1 learning rates for 2 sizes"),
         (dict(model="diffusion"), "unknown model 'diffusion'; allowed: source, universal"),
         (
-            dict(model="universal", sizes=[8, 16], lr=[1e-2, 1e-2]),
+            dict(model="universal", start=None, sizes=[8, 16], lr=[1e-2, 1e-2]),
             r"sizes=\[8, 16\]; allowed for model 'universal': one",
         ),
         (dict(options=["family"]), r"options=\['family'\]; allowed: an object"),

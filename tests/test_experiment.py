@@ -466,6 +466,13 @@ def test_a_source_cut_to_its_own_width_is_that_source(source, digits, p0):
         assert torch.allclose(half.per_task["qkv"][3, 0, :, :8], first)
 
 
+def test_a_start_of_another_width_is_not_trained_under_this_ones_name(digits, source):
+    wide = tiny(sizes=(16,), steps=2)
+    with pytest.raises(ValueError, match="'specialists': d8 would have width 16; allowed: a start of width 8"):
+        build(tiny(model="specialists", start=wide, steps=2), digits)
+    assert build(tiny(model="specialists", start=wide, sizes=(16,), steps=2), digits).members == ("d16",)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "history.json"])
 @pytest.mark.parametrize("what", ["gone", "damaged"])
 def test_of_a_run_that_lost_a_file_the_folder_has_to_go(other_runs, name, what):

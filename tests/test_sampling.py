@@ -5,7 +5,7 @@ import torch
 from conftest import randomise
 
 from projectable.baselines import CONDITIONINGS, Specialists, Universal
-from projectable.transformer import Shape, forward, initial_weights, logits_cached, sample
+from projectable.transformer import Shape, _Decoder, forward, initial_weights, sample
 
 T = 3
 
@@ -13,6 +13,13 @@ T = 3
 @pytest.fixture
 def tokens():
     return torch.randint(32, (T, 5, 16), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def logits_cached(weights, tokens, d_head=8):
+    """What `forward` gives, token by token as `sample` does it: tokens (T, n, N) → (T, n, N, V)."""
+    decoder = _Decoder(weights, *tokens.shape, d_head, 1.0)
+    return torch.stack([decoder.step(t) for t in (None, *tokens[..., :-1].unbind(-1))], 2)
 
 
 def seeded(seed=0):

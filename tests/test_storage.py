@@ -121,7 +121,7 @@ def test_a_write_that_fails_leaves_the_old_tensors(saved, monkeypatch):
         Path(path).write_bytes(b"half of it")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(storage, "save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(WriteError, match="is full"):
         save_tensors(saved, {"other": torch.ones(1)}, {})
     assert same(*load_tensors(saved))
@@ -134,7 +134,7 @@ def test_a_write_that_fails_leaves_nothing_behind(saved, monkeypatch, kind):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    monkeypatch.setattr(storage, "save_file", lambda tensors, path, about: full_disk(path))
+    monkeypatch.setattr("safetensors.torch.save_file", lambda tensors, path, about: full_disk(path))
     with pytest.raises(WriteError, match="is full"):
         write_atomically(saved, "new") if kind == "json" else save_tensors(saved, TENSORS, {})
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]

@@ -210,8 +210,8 @@ def test_seconds_leave_interruptions_out(digits, tmp_path):
 KILLED = """
 import os, signal, sys
 from conftest import {arm}
-import torch
-from projectable import experiment, storage
+import safetensors.torch, torch
+from projectable import experiment
 torch.set_num_threads(1)
 step_now = 0
 def report(step, steps, loss):
@@ -219,14 +219,14 @@ def report(step, steps, loss):
     step_now = step
     if {while_saving} is False and step == 23:
         os.kill(os.getpid(), signal.SIGKILL)
-save = storage.save_file
+save = safetensors.torch.save_file
 def save_half(tensors, path, about):
     save(tensors, path, about)
     if step_now == 20 and {while_saving}:
         with open(path, "r+b") as file:
             file.truncate(500)
         os.kill(os.getpid(), signal.SIGKILL)
-storage.save_file = save_half
+safetensors.torch.save_file = save_half
 experiment.run({arm}(), report)
 """
 
@@ -294,7 +294,13 @@ def test_asked_to_stop_it_does_so_within_a_step_and_loses_nothing(digits, tmp_pa
 # ------------------------------------------------------------------------------------------------------- precision
 
 
-def test_bfloat16_is_refused_where_it_does_not_pay(digits):
+def test_bfloat16_is_refused_where_it_does_not_pay(digits, monkeypatch):
+    @contextlib.contextmanager
+    def as_if(device, precision):
+        time.sleep(0.02 if precision == "bfloat16" else 0.0)
+        yield
+
+    monkeypatch.setattr("projectable.training.autocast", as_if)
     with pytest.raises(
         ValueError, match=r"'bfloat16' takes \S+ ms a pass on this device \(cpu\), float32 \S+ ms; allowed"
     ):
