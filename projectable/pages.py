@@ -427,6 +427,7 @@ def claims_html(
     return _template("found.html.j2").render(groups=groups, thumbs=thumbs, brief=brief, marks=VERDICTS)
 
 
+@cache
 def _template(name: str):
     """One of our templates, with what it calls."""
     from jinja2 import Environment, FileSystemLoader
