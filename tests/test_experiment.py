@@ -473,6 +473,17 @@ def test_a_start_of_another_width_is_not_trained_under_this_ones_name(digits, so
     assert build(tiny(model="specialists", start=wide, sizes=(16,), steps=2), digits).members == ("d16",)
 
 
+@pytest.mark.parametrize("conditioning", ["SupportSet", "ShuffledID"])
+def test_looking_at_a_models_width_draws_nothing(digits, source, conditioning):
+    config, states = tiny_projectable(options={"conditioning": conditioning}), []
+    for make in (experiment.untrained, lambda config, data, start: build(config, data)):
+        start = run(config.start).model()
+        torch.manual_seed(5)
+        make(config, digits, start)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "history.json"])
 @pytest.mark.parametrize("what", ["gone", "damaged"])
 def test_of_a_run_that_lost_a_file_the_folder_has_to_go(other_runs, name, what):
