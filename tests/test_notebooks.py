@@ -129,7 +129,7 @@ def test_claims_of_further_notebooks_follow_from_their_tables(reports):
         assert claims[f"text.d{s}"]["value"] == pytest.approx(by_task[s], abs=1e-4)
     for s in SMOKE.sizes[::2]:
         assert claims[f"conditioning.support.d{s}"]["value"] == pytest.approx(
-            support.loc[s, "1 images"] - support.loc[s, "16 images"], abs=1e-4
+            support.loc[s, "1 image"] - support.loc[s, "16 images"], abs=1e-4
         )
     same = pd.read_csv(reports / "results" / "same_loss.csv")
     assert set(same.d_s) == set(SMOKE.sizes) and (same.groupby("d_s").size() == 3).all()
