@@ -532,14 +532,18 @@ def _one_by_one(paths: list[Path], profile: str) -> Iterator[Status]:
 
 def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[Status]:
     """As many at once as there are cores, or as the cluster lets run; as they end."""
+    import nbconvert  # noqa: F401  # before the processes part: each would need seconds for what one can do for all
+    import papermill  # noqa: F401
+
     from .experiment import runs_dir, workers
     from .training import Jobs
 
     pool: Any
     if executor:
         pool = Jobs(executor, runs_dir() / "jobs", workers())
-    else:
-        pool = ProcessPoolExecutor(workers(), get_context("spawn"), _beside_others)
+    else:  # a fork on Linux only: other systems' libraries may not survive it
+        context = get_context("fork" if sys.platform == "linux" else "spawn")
+        pool = ProcessPoolExecutor(workers(), context, _beside_others)
     try:
         names = [path.stem for path in paths]
         futures = {pool.submit(run_notebook, path, profile, None, names): path for path in paths}

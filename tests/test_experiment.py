@@ -2,13 +2,12 @@
 
 import linecache
 import math
-import os
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import Pipe, get_context
 from queue import Queue
 
 import pytest
@@ -364,33 +363,31 @@ def test_building_twice_gives_the_same_model(source, digits):
 
 # ------------------------------------------------------------------------------------------------ many, in parallel
 
-OTHER_PROCESS = """
-import time
-from conftest import tiny
-from projectable import experiment
-def slowly(step, steps, loss):
-    print(step, flush=True)
-    time.sleep(0.02)
-experiment.run(tiny(), slowly)
-"""
+
+def slowly(config, told) -> None:
+    """A run in a process of its own, which tells its steps."""
+
+    def report(step, steps, loss):
+        told.send(step)
+        time.sleep(0.02)
+
+    run(config, report)
 
 
 @pytest.mark.slow
 def test_two_processes_that_want_the_same_run_train_it_once(universal, other_runs, capsys):
-    with subprocess.Popen(
-        [sys.executable, "-c", OTHER_PROCESS],
-        cwd=root(),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root()), str(root() / "tests")]), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as other:
-        try:
-            assert other.stdout.readline() == "1\n"
-            seen = []
-            mine = run(tiny(), lambda *step: seen.append(step))  # waits for the other one
-            assert other.stdout.read().split() == [str(i) for i in range(2, 41)] and other.wait() == 0
-        finally:
-            other.kill()
+    told, tell = Pipe(duplex=False)
+    other = get_context("fork").Process(target=slowly, args=(tiny(), tell))
+    other.start()
+    try:
+        assert told.recv() == 1
+        seen = []
+        mine = run(tiny(), lambda *step: seen.append(step))  # waits for the other one
+        assert [told.recv() for _ in range(39)] == list(range(2, 41))
+        other.join()
+        assert other.exitcode == 0
+    finally:
+        other.kill()
     assert seen == [] and f"{mine.folder.name} is being trained by another process: waiting" in capsys.readouterr().err
     assert mine.folder.parent == other_runs and mine.history == universal.history
 

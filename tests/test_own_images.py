@@ -333,6 +333,7 @@ def test_the_notebook_takes_a_folder(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     notebook = shutil.copy(NOTEBOOK, tmp_path / "notebooks")
     monkeypatch.setenv("PROJECTABLE_ROOT", str(tmp_path))
+    monkeypatch.setenv("PROJECTABLE_WORKERS", "1")  # starting others takes longer than these runs
     status = reporting.run_notebook(Path(notebook), "smoke", {"folder": str(folder), "d_s": 8})
     assert (status.status, status.error) == ("ok", "")
     own = tmp_path / "build" / "smoke" / "own_report"

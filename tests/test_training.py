@@ -5,17 +5,17 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
+from multiprocessing import get_context
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import tiny, tiny_projectable
 
 from projectable import experiment
-from projectable.storage import DamagedFile, load_tensors, root
+from projectable.storage import DamagedFile, load_tensors
 from projectable.training import (
     DivergedError,
     Team,
@@ -207,28 +207,24 @@ def test_seconds_leave_interruptions_out(digits, tmp_path):
     assert partial.seconds < outcome.seconds < 20 * partial.seconds + 5
 
 
-KILLED = """
-import os, signal, sys
-from conftest import {arm}
-import safetensors.torch, torch
-from projectable import experiment
-torch.set_num_threads(1)
-step_now = 0
-def report(step, steps, loss):
-    global step_now
-    step_now = step
-    if {while_saving} is False and step == 23:
-        os.kill(os.getpid(), signal.SIGKILL)
-save = safetensors.torch.save_file
-def save_half(tensors, path, about):
-    save(tensors, path, about)
-    if step_now == 20 and {while_saving}:
-        with open(path, "r+b") as file:
-            file.truncate(500)
-        os.kill(os.getpid(), signal.SIGKILL)
-safetensors.torch.save_file = save_half
-experiment.run({arm}(), report)
-"""
+def killed(config, while_saving: bool) -> None:
+    """A run in a process of its own, which is killed in step 23, or when it has half saved step 20."""
+    step_now, save = 0, safetensors.torch.save_file
+
+    def report(step, steps, loss):
+        nonlocal step_now
+        step_now = step
+        if not while_saving and step == 23:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_half(tensors, path, about):
+        save(tensors, path, about)
+        if step_now == 20 and while_saving:
+            os.truncate(path, 500)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    safetensors.torch.save_file = save_half
+    experiment.run(config, report)
 
 
 @pytest.mark.slow
@@ -242,14 +238,10 @@ def test_a_run_that_is_killed_goes_on_and_ends_bitwise_the_same(digits, source, 
     unbroken, expected = trained(config, digits)
     if config.start is not None:
         experiment.run(config.start)
-    child = subprocess.run(
-        [sys.executable, "-c", KILLED.format(arm=arm, while_saving=while_saving)],
-        cwd=root(),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root()), str(root() / "tests")])},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    child = get_context("fork").Process(target=killed, args=(config, while_saving))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     folder = experiment.folder_of(config)
     _, about = load_tensors(folder / "checkpoint.safetensors")
     assert about["step"] == (10 if while_saving else 20) and not experiment.is_done(config)
