@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
@@ -94,8 +95,15 @@ _versions = cache(text.versions)  # 10 ms; they do not change meanwhile
 
 
 def _content(config: DataConfig) -> str:
-    """What data depend on that may change without their config: images in a folder, texts of installed packages."""
-    return _versions() if config.dataset == "text" else content_key(config.dataset)
+    """What data depend on that may change beside their config: images in a folder, texts and fonts of packages."""
+    makers = {"text": _versions, "glyphs": _drawn_by}
+    return makers[config.dataset]() if config.dataset in makers else content_key(config.dataset)
+
+
+@cache
+def _drawn_by() -> str:
+    """Whose fonts letters have, and what draws them."""
+    return " ".join(f"{name} {version(name)}" for name in ("matplotlib", "pillow"))
 
 
 def _data_code(config: DataConfig) -> str:
@@ -124,7 +132,7 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
-                if scarce := FEW.fullmatch(config.tasks):  # of the whole set, which is kept, too
+                if scarce := re.fullmatch(FEW, config.tasks):  # of the whole set, which is kept, too
                     data = few(data_for(replace(config, tasks=scarce[1])), int(scarce[2]), int(scarce[3] or 0))
                 else:
                     data = make_tasks(**asdict(config))
@@ -213,6 +221,8 @@ def _distilled_specialists(config: RunConfig, data: TaskData, start: Universal, 
 
 def _tuned(config: RunConfig, data: TaskData, start: Projectable) -> Model:
     (size,) = config.sizes
+    if f"d{size}" not in start.members:
+        raise ValueError(f"'tuned' of width {size}; allowed: a width of its start: {', '.join(start.members)}")
     with torch.no_grad():
         weights = start.weights(f"d{size}", torch.arange(data.n_tasks))
     return Specialists(config.shape(data.codebook.length, size), data.n_tasks, weights)

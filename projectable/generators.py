@@ -21,7 +21,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 FAMILIES: dict[str, type[Generator]] = {}
 
@@ -52,7 +51,6 @@ class Generator(nn.Module):
     """The base: a learned P₀ and no task term. `base` is (S, m, n)."""
 
     rates: dict[str, float] = {}  # parameter → how much faster than P₀ it learns; 1 where it is not named
-    needs_columns = False  # P₀ must have orthonormal columns: not for maps that start at zero
 
     def __init__(self, base: Tensor, z_dim: int):
         super().__init__()
@@ -65,16 +63,6 @@ class Generator(nn.Module):
     def rate_factor(self, name: str) -> float:
         """By how much the generator's parameter of that name learns faster than P₀."""
         return self.rates.get(name, 1.0)
-
-    def n_parameters(self) -> int:
-        """Numbers that it holds, P₀ included."""
-        return sum(p.numel() for p in self.parameters())
-
-    def n_operations(self) -> int:
-        """Multiply-adds of the matrix products that make one task's maps."""
-        with FlopCounterMode(display=False) as counter:
-            self(self.base.new_zeros(1, self.z_dim))
-        return counter.get_total_flops() // 2
 
 
 @family
@@ -189,8 +177,6 @@ class Orthonormal(Generator):
     Further `options` go to the inner family. P₀ must have orthonormal columns (ValueError): maps that start at zero
     need another family.
     """
-
-    needs_columns = True
 
     def __init__(self, base: Tensor, z_dim: int, inner: str = "Linear", steps: int = 4, **options):
         nn.Module.__init__(self)  # P₀ belongs to the inner generator

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .baselines import Model, Universal, modulated
 from .conditioning import SupportSet, make_conditioning
-from .generators import make_generator
+from .generators import Slice, make_generator
 from .transformer import Shape, Weights, hidden
 
 LAYOUTS = ("shared", "per_matrix")
@@ -329,12 +329,14 @@ class Adapted(Model):
         super().__init__()
         if tune not in ("vector", "maps"):
             raise ValueError(f"unknown tune {tune!r}; allowed: vector, maps")
+        if unknown := sorted({f"d{s}" for s in sizes} - set(base.members)):
+            raise ValueError(f"no projections of {unknown[0]} to adapt; allowed: {', '.join(base.projections)}")
         if base.source.conditioning != "additive":
             raise ValueError(
                 f"a source with {base.source.conditioning!r} conditioning; allowed for new tasks: additive"
             )
-        self.base, self.shape = base.requires_grad_(False), base.shape
         self.members = tuple(f"d{s}" for s in sizes)
+        self.base, self.shape = base.requires_grad_(False), base.shape
         self.vectors, self.told = nn.ParameterDict(), nn.ParameterDict()
         for member in self.members:
             known = base.conditioning[member]
@@ -346,7 +348,8 @@ class Adapted(Model):
             self.vectors[member] = nn.Parameter(start.clone())
             self.told[member] = nn.Parameter(base.source.task_embedding.mean(0, keepdim=True).repeat(n_tasks, 1))
             self.told[member].requires_grad_(base.use_task_embedding)
-            base.projections[member].requires_grad_(tune == "maps")
+            for part in base.projections[member].modules():
+                part.requires_grad_(tune == "maps" and not isinstance(part, Slice))
 
     def weights(self, member: str, task_ids: Tensor) -> Weights:
         plain = self.base.source.plain_weights()

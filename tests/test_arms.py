@@ -327,6 +327,14 @@ def test_maps_for_new_tasks_are_tuned_where_asked(base, digits):
     assert new.rate_factor("base.projections.d8.stream.base") == pytest.approx(0.01)
     with pytest.raises(ValueError, match="unknown tune 'model'; allowed: vector, maps"):
         Adapted(base, 2, (8,), support, "model")
+    with pytest.raises(ValueError, match="no projections of d16 to adapt; allowed: d8"):
+        Adapted(base, 2, (16,), support)
+
+
+def test_a_slice_stays_one_when_maps_are_tuned(source, digits):
+    sliced = experiment.build(tiny_projectable(options=dict(family="Slice")), digits)
+    new = Adapted(sliced, 2, (8,), digits.first("train", 4)[:2], "maps")
+    assert not any(p is sliced.projections["d8"].stream.base for p in new.groups()["d8"])
 
 
 def test_a_universal_model_is_told_of_new_tasks_by_their_images(shape, digits):

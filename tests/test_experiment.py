@@ -305,6 +305,18 @@ def test_versions_count_as_far_as_they_can_change_numbers(edit, monkeypatch, nam
     assert all((before[key] != after[key]) == counts for key in before)
 
 
+@pytest.mark.parametrize(("dataset", "counts"), [("glyphs", True), ("digits", False)])
+def test_letters_follow_what_draws_them(monkeypatch, dataset, counts):
+    def key():
+        experiment._drawn_by.cache_clear()
+        return folder_of(tiny(data=DataConfig(dataset, "train16", vocab_size=32, patch=4, val_per_class=20)))
+
+    before = key()
+    monkeypatch.setattr(experiment, "version", lambda name: f"{name} of tomorrow")
+    assert (key() != before) == counts
+    experiment._drawn_by.cache_clear()
+
+
 def test_words_about_the_code_do_not_count(edit):
     before = edit()
     for changes in (
@@ -468,6 +480,8 @@ def test_a_start_of_another_width_is_not_trained_under_this_ones_name(digits, so
     with pytest.raises(ValueError, match="'specialists': d8 would have width 16; allowed: a start of width 8"):
         build(tiny(model="specialists", start=wide, steps=2), digits)
     assert build(tiny(model="specialists", start=wide, sizes=(16,), steps=2), digits).members == ("d16",)
+    with pytest.raises(ValueError, match="'tuned' of width 16; allowed: a width of its start: source, d8"):
+        build(tiny(model="tuned", start=tiny_projectable(), sizes=(16,)), digits)
 
 
 @pytest.mark.parametrize("conditioning", ["SupportSet", "ShuffledID"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from projectable.generators import FAMILIES, Kronecker, Linear, LowRank, LowRankMLP, Mixture, make_generator
 
@@ -235,8 +236,10 @@ class TestOrthonormal:
 def test_cost(name, operations, parameters):
     """Multiply-adds of one task's maps; parameters beside P₀."""
     _, generator = made(name)
-    assert generator.n_operations() == operations
-    assert generator.n_parameters() == S * M * N + parameters
+    with FlopCounterMode(display=False) as counter:
+        generator(torch.zeros(1, K))
+    assert counter.get_total_flops() == 2 * operations
+    assert sum(p.numel() for p in generator.parameters()) == S * M * N + parameters
 
 
 @pytest.mark.parametrize(

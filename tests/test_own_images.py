@@ -75,6 +75,48 @@ def test_images_are_resized_where_patches_do_not_fit(pets, patch, size, capsys):
     assert (resized in capsys.readouterr().err) == (size != 8)
 
 
+@pytest.mark.parametrize("names", [("Train", "TEST"), ("train", "Val", "test")])
+def test_parts_may_be_written_in_large_letters(tmp_path, names):
+    for name in names:
+        write_images(tmp_path / "pets" / name)
+    assert set(read_folder(tmp_path / "pets", 2)[0].counts) == set(map(str.lower, names))
+
+
+def test_files_of_other_kinds_are_counted_and_pipes_passed_by(pets, capsys):
+    before = content_key(f"folder:{pets}")
+    for name in ("a.heic", "b.heic", "notes", ".hidden.tga"):
+        (pets / "cats" / name).write_text("x")
+    os.mkfifo(pets / "cats" / "pipe.png")
+    load_folder(pets, 2)
+    assert capsys.readouterr().err.endswith("8×8 pixels; 3 of other kinds left out: .heic, no suffix\n")
+    assert content_key(f"folder:{pets}") == before
+
+
+PIXELS, LABELS = np.zeros((4, 8, 8, 1), np.float32), np.array([0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    "x, y, said",
+    [
+        (PIXELS[..., 0], LABELS, r"pixels of shape \(4, 8, 8\); allowed: \(n, H, W, C\)"),
+        (PIXELS[:0], LABELS[:0], r"pixels of shape \(0, 8, 8, 1\); allowed"),
+        (PIXELS.astype(np.uint8), LABELS, r"pixels are uint8; allowed: floats from 0 to 1 \(bytes divided by 255\)"),
+        (PIXELS + 255, LABELS, "pixels from 255 to 255; allowed: finite numbers from 0 to 1"),
+        (PIXELS - 0.5, LABELS, "pixels from -0.5 to -0.5; allowed"),
+        (PIXELS + np.nan, LABELS, "pixels from nan to nan; allowed"),
+        (PIXELS, LABELS[:3], r"labels of shape \(3,\), int64; allowed: 4 whole numbers, one an image"),
+        (PIXELS, LABELS / 2, r"labels of shape \(4,\), float64; allowed"),
+        (PIXELS, LABELS + 1, "labels from 1 to 2; allowed: 0 to 1, one a name"),
+        (PIXELS, LABELS - 1, "labels from -1 to 0; allowed"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(x, y, said):
+    good = PIXELS, LABELS
+    for split, pairs in (("train", ((x, y), good)), ("test", (good, (x, y))), ("val", (good, good, (x, y)))):
+        with pytest.raises(DataError, match=f"^{split} images of 'mine': {said}"):
+            images.Images("mine", "", ("a", "b"), *pairs)
+
+
 def test_images_of_several_sizes_are_cut_in_the_middle_and_resized(tmp_path):
     tall = np.zeros((90, 30, 3), np.uint8)
     tall[30:60] = 200  # the middle is grey, above and below it is black
@@ -137,14 +179,15 @@ def test_broken_files_are_listed_and_left_out(pets, capsys):
     for name, content in broken.items():
         (pets / "cats" / name).write_bytes(content)
     (pets / "dogs" / "gone.png").symlink_to("nowhere.png")
-    (pets / "dogs" / "notes.txt").write_text("not an image, and not said to be one")
+    (pets / "dogs" / "notes.txt").write_text("not an image, and not meant to be one")
     (pets / "dogs" / "._0.png").write_bytes(b"a Macintosh's")
     found, parts = read_folder(pets)
     assert found.broken == ("cats/cut.png", "cats/empty.png", "cats/text.jpg", "cats/x.gif", "dogs/gone.png")
     assert found.counts == {"all": [10, 10, 10]} and np.array_equal(parts["all"][0], whole)
     load_folder(pets)
     said = capsys.readouterr().err
-    assert said.endswith("; 5 left out that can't be read: cats/cut.png, cats/empty.png, cats/text.jpg, …\n")
+    broken = "cats/cut.png, cats/empty.png, cats/text.jpg, …"
+    assert said.endswith(f"; 5 left out that can't be read: {broken}; 1 of other kinds left out: .txt\n")
     assert content_key(f"folder:{pets}")
 
 
@@ -247,8 +290,9 @@ def test_a_class_of_one_sub_folder_only(tmp_path):
 
 
 def test_a_class_may_be_called_train(tmp_path):
-    write_images(tmp_path / "vehicles", names=("boat", "plane", "train"))
-    assert load_folder(tmp_path / "vehicles").label_names == ("boat", "plane", "train")
+    for folder, name in (("vehicles", "train"), ("toys", "Train")):
+        write_images(tmp_path / folder, names=("boat", "plane", name))
+        assert sorted(load_folder(tmp_path / folder).label_names) == sorted(("boat", "plane", name))
 
 
 # ------------------------------------------------------------------------------------------- never a stale run

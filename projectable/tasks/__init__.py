@@ -17,7 +17,7 @@ from torch import Tensor
 from .images import Images, load_images
 
 SPLITS = ("train", "val", "test")
-FEW = re.compile(r"(.+)-few(\d+)(?:-s(\d+))?")  # tasks with few images: the tasks, how many, the seed that draws them
+FEW = r"(.+)-few(\d+)(?:-s(\d+))?"  # tasks with few images: the tasks, how many, the seed that draws them
 HELD_OUT_CLASSES = {  # of `seen7` and `unseen3`: fixed before anything was trained
     "fashion": ("sandal", "shirt", "bag"),
     "digits": ("2", "5", "8"),
@@ -219,7 +219,7 @@ def make_tasks(
     for name, value in (("vocab_size", vocab_size), ("patch", patch)):
         if value < 1:
             raise ValueError(f"{name}={value}; allowed: 1 or more")
-    if scarce := FEW.fullmatch(tasks):
+    if scarce := re.fullmatch(FEW, tasks):
         whole = make_tasks(dataset, scarce[1], vocab_size, patch, val_per_class, seed)
         return few(whole, int(scarce[2]), int(scarce[3] or 0))
     if dataset in MAKERS:

@@ -54,7 +54,10 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Images:
-    """A labelled image set. Pixels are float32 in [0, 1], (n, H, W, C); labels are int64, (n,)."""
+    """A labelled image set. Pixels are float32 in [0, 1], (n, H, W, C); labels are int64, (n,).
+
+    Raises DataError, naming the split, where they are anything else.
+    """
 
     name: str
     licence: str
@@ -62,6 +65,27 @@ class Images:
     train: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
     val: tuple[np.ndarray, np.ndarray] | None = None  # None: held back from `train`
+
+    def __post_init__(self):
+        for split, pair in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if pair is not None and (wrong := _wrong(*pair, len(self.label_names))):
+                raise DataError(f"{split} images of {self.name!r}: {wrong}")
+
+
+def _wrong(x: np.ndarray, y: np.ndarray, n_labels: int) -> str:
+    """What is wrong with pixels and labels, and what is allowed; empty where nothing is."""
+    if x.ndim != 4 or not len(x):
+        return f"pixels of shape {x.shape}; allowed: (n, H, W, C)"
+    if not np.issubdtype(x.dtype, np.floating):
+        return f"pixels are {x.dtype}; allowed: floats from 0 to 1 (bytes divided by 255)"
+    low, high = x.min(), x.max()
+    if not (low >= 0 and high <= 1):  # nor NaN
+        return f"pixels from {low:g} to {high:g}; allowed: finite numbers from 0 to 1"
+    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
+        return f"labels of shape {y.shape}, {y.dtype}; allowed: {len(x)} whole numbers, one an image"
+    if y.min() < 0 or y.max() >= n_labels:
+        return f"labels from {y.min()} to {y.max()}; allowed: 0 to {n_labels - 1}, one a name"
+    return ""
 
 
 def data_dir() -> Path:
@@ -108,6 +132,8 @@ def fetch_fashion_mnist() -> Path:
     Returns the folder of the four .gz files (`load_fashion_mnist` checks them). Raises DataError with what was tried.
     """
     tried = []
+    if not any((folder / f"{name}.gz").exists() for folder in _fashion_folders() for name in FASHION_FILES):
+        print(f"Fashion-MNIST is not there yet: it is fetched into {data_dir()}", file=sys.stderr)
     for way in (None, _download_with_torchvision, _download_with_apt):
         try:
             if way is not None:
@@ -258,6 +284,7 @@ FOLDER = "folder:"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # what Pillow may take a file for
 LARGEST, USUAL = 64, 32  # pixels: images of one size up to the first stay as they are; others get about the second
+PARTS = ("train", "val", "test")  # in small or large letters
 LAYOUT = "allowed: a folder with a folder of images for each class, or such folders in train/ (and val/, test/)"
 
 
@@ -269,6 +296,7 @@ class Folder:
     classes: tuple[str, ...]
     counts: dict[str, list[int]]  # images of each class that can be read, by sub-folder (`all` where there are none)
     broken: tuple[str, ...]  # files that can't be read, and are left out
+    others: dict[str, int]  # how many files beside them have which other suffix: left out, too
     sizes: dict[tuple[int, int], int]  # how many images had which height and width
     height: int
     width: int
@@ -282,7 +310,9 @@ class Folder:
         colour = "grey" if self.channels == 1 else "colour"
         text = f"{self.path.name}: {n:,} images of {len(self.classes)} classes, {colour}, {size}"
         left_out = f"; {len(self.broken)} left out that can't be read: {_first(self.broken)}" if self.broken else ""
-        return text + left_out
+        n_others = sum(self.others.values())
+        others = f"; {n_others:,} of other kinds left out: {_first(sorted(self.others))}" if self.others else ""
+        return text + left_out + others
 
 
 def _first(names, n: int = 3) -> str:
@@ -290,12 +320,16 @@ def _first(names, n: int = 3) -> str:
 
 
 def _find(folder: Path) -> list[str]:
-    """The image files in a folder and below, sorted; hidden files and folders are none."""
+    """The files in a folder and below, sorted; what is hidden is left out, and what is no file (a pipe)."""
     found = []
     for base, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [f"{base}/{n}" for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
-    return sorted(found)
+        found += [f"{base}/{n}" for n in names if not n.startswith(".")]
+    return sorted(file for file in found if os.path.isfile(file) or os.path.islink(file))
+
+
+def _is_image(file: str) -> bool:
+    return file.lower().endswith(SUFFIXES)
 
 
 def _sub_folders(path: Path) -> list[Path]:
@@ -306,12 +340,20 @@ def _image_files(path: Path) -> dict[str, dict[str, list[str]]]:
     """The image files of a folder: {sub-folder: {class: files}}, sorted; the sub-folder is `all` without train/."""
     if not path.is_dir():
         raise DataError(f"{path} {'is a file' if path.exists() else 'does not exist'}; {LAYOUT}")
-    parts = {"all": path}
-    if (path / "train").is_dir() and _sub_folders(path / "train"):
-        parts = {p.name: p for p in _sub_folders(path)}
-        if unknown := set(parts) - {"train", "val", "test"}:
-            raise DataError(f"{path} holds train/ and {min(unknown)!r}; allowed beside train/: val/, test/")
-    return {part: {folder.name: _find(folder) for folder in _sub_folders(where)} for part, where in parts.items()}
+    return {
+        part: {folder.name: [file for file in _find(folder) if _is_image(file)] for folder in _sub_folders(where)}
+        for part, where in _parts(path).items()
+    }
+
+
+def _parts(path: Path) -> dict[str, Path]:
+    """The folders of `train`, `val` and `test`; of `all`, the folder itself, where it has no train/ with classes."""
+    parts = {p.name.lower() if p.name.lower() in PARTS else p.name: p for p in _sub_folders(path)}
+    if "train" not in parts or not _sub_folders(parts["train"]):
+        return {"all": path}
+    if unknown := set(parts) - set(PARTS):
+        raise DataError(f"{path} holds train/ and {min(unknown)!r}; allowed beside train/: val/, test/")
+    return parts
 
 
 def content_key(dataset: str) -> str:
@@ -418,7 +460,7 @@ def read_folder(path: str | Path, patch: int = 4) -> tuple[Folder, dict[str, tup
         counts = np.bincount(np.array(labels, int), minlength=len(classes))
         if not counts.all():
             name = classes[counts.argmin()]
-            where = path / name if part == "all" else path / part / name
+            where = _parts(path)[part] / name
             bad = [b for b in broken if str(path / b) in files[part][name]]
             why = f"can't be read: {_first(bad)}" if bad else f"allowed: {', '.join(SUFFIXES)}"
             raise DataError(f"class {name!r} is empty: {where} holds no image ({why})")
@@ -427,7 +469,9 @@ def read_folder(path: str | Path, patch: int = 4) -> tuple[Folder, dict[str, tup
         arrays = {part: (x[..., :1], y) for part, (x, y) in arrays.items()}
     counts = {part: np.bincount(y, minlength=len(classes)).tolist() for part, (_, y) in arrays.items()}
     channels = next(iter(arrays.values()))[0].shape[-1]
-    return Folder(path, classes, counts, broken, dict(Counter(sizes.values())), height, width, channels), arrays
+    others = [file for where in _parts(path).values() for name in classes for file in _find(where / name)]
+    kinds = dict(Counter(Path(file).suffix or "no suffix" for file in others if not _is_image(file)))
+    return Folder(path, classes, counts, broken, kinds, dict(Counter(sizes.values())), height, width, channels), arrays
 
 
 def load_folder(path: str | Path, patch: int = 4) -> Images:
