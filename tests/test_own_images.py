@@ -82,6 +82,13 @@ def test_parts_may_be_written_in_large_letters(tmp_path, names):
     assert set(read_folder(tmp_path / "pets", 2)[0].counts) == set(map(str.lower, names))
 
 
+def test_a_part_may_be_there_once_only(tmp_path):
+    for name in ("Train", "train"):
+        write_images(tmp_path / "pets" / name)
+    with pytest.raises(DataError, match="pets holds a part twice: Train, train; allowed: each once"):
+        read_folder(tmp_path / "pets", 2)
+
+
 def test_files_of_other_kinds_are_counted_and_pipes_passed_by(pets, capsys):
     before = content_key(f"folder:{pets}")
     for name in ("a.heic", "b.heic", "notes", ".hidden.tga"):

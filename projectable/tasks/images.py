@@ -348,9 +348,12 @@ def _image_files(path: Path) -> dict[str, dict[str, list[str]]]:
 
 def _parts(path: Path) -> dict[str, Path]:
     """The folders of `train`, `val` and `test`; of `all`, the folder itself, where it has no train/ with classes."""
-    parts = {p.name.lower() if p.name.lower() in PARTS else p.name: p for p in _sub_folders(path)}
+    folders = _sub_folders(path)
+    parts = {p.name.lower() if p.name.lower() in PARTS else p.name: p for p in folders}
     if "train" not in parts or not _sub_folders(parts["train"]):
         return {"all": path}
+    if len(parts) < len(folders):
+        raise DataError(f"{path} holds a part twice: {', '.join(p.name for p in folders)}; allowed: each once")
     if unknown := set(parts) - set(PARTS):
         raise DataError(f"{path} holds train/ and {min(unknown)!r}; allowed beside train/: val/, test/")
     return parts
