@@ -554,6 +554,10 @@ def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[St
                 status = dataclasses.replace(read_status(path, profile), status="failed", error=str(error))
                 status.write()
             yield status if error else future.result()
+    except (KeyboardInterrupt, GeneratorExit):  # at once: a process would begin the notebooks that it was given already
+        for process in [] if executor else list(pool._processes.values()):
+            process.terminate()
+        raise
     finally:
         if executor:
             pool.cancel()
