@@ -391,6 +391,7 @@ def test_two_processes_that_want_the_same_run_train_it_once(universal, other_run
     told, tell = Pipe(duplex=False)
     other = get_context("fork").Process(target=slowly, args=(tiny(), tell))
     other.start()
+    tell.close()  # else nobody would hear that it died
     try:
         assert told.recv() == 1
         seen = []
