@@ -541,8 +541,10 @@ def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[St
     pool: Any
     if executor:
         pool = Jobs(executor, runs_dir() / "jobs", workers())
-    else:  # a fork on Linux only: other systems' libraries may not survive it
-        context = get_context("fork" if sys.platform == "linux" else "spawn")
+    else:  # a fork on Linux without a GPU only: other systems' libraries, and its driver, may not survive it
+        from torch import cuda
+
+        context = get_context("fork" if sys.platform == "linux" and not cuda.is_available() else "spawn")
         pool = ProcessPoolExecutor(workers(), context, _beside_others)
     try:
         names = [path.stem for path in paths]
