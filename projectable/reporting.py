@@ -477,6 +477,10 @@ def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None, exe
     paths = select_notebooks(only)
     for path in paths:
         check_parameters(path, {"profile": profile})
+    if not executor:
+        from . import kernels
+
+        kernels.share()
     usual = [_usual(path, profile) for path in paths]
     failed: list[str] = []
     done: list[Status] = []
@@ -541,10 +545,10 @@ def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[St
     pool: Any
     if executor:
         pool = Jobs(executor, runs_dir() / "jobs", workers())
-    else:  # a fork on Linux without a GPU only: other systems' libraries, and its driver, may not survive it
-        from torch import cuda
+    else:
+        from . import kernels
 
-        context = get_context("fork" if sys.platform == "linux" and not cuda.is_available() else "spawn")
+        context = get_context("fork" if kernels.share() else "spawn")
         pool = ProcessPoolExecutor(workers(), context, _beside_others)
     try:
         names = [path.stem for path in paths]

@@ -161,8 +161,9 @@ def test_matched_steps_spend_what_the_start_has_cost(study, monkeypatch):  # noq
     study.loss = lambda config, member: 1.0
     costs = dict(projectable=900.0, universal=100.0, source=300.0)
     monkeypatch.setattr(arms, "operations", lambda config: costs[config.model])
-    assert study.matched_steps() == 20 * 900 // 300
-    assert study.matched_steps(study.config("source_control", {32: 1e-2}, 0)) == 20 * 600 // 300
+    both = PROFILE.source_steps + PROFILE.joint_steps
+    assert study.matched_steps() == both * 900 // 300
+    assert study.matched_steps(study.config("source_control", {32: 1e-2}, 0)) == both * 600 // 300
 
 
 def test_arms_with_fewer_seeds(study):  # noqa: F811

@@ -13,6 +13,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -47,6 +48,15 @@ print("10 %\\r20 %\\r100 %", file=sys.stderr)
 report.table("numbers", pd.DataFrame({"arm": ["a"], "loss": [1.23456]}), "Numbers")
 """
 
+KERNEL = """
+import json, os, sys
+early = sorted({"torch", "pandas", "seaborn", "projectable"} & set(sys.modules))
+import matplotlib, torch
+facts = dict(early=early, backend=matplotlib.get_backend(), threads=torch.get_num_threads(), folder=os.getcwd())
+with open(os.path.join(os.environ["PROJECTABLE_ROOT"], "kernel.json"), "w") as file:
+    json.dump(facts, file)
+"""
+
 TRAINING = """
 import os
 from pathlib import Path
@@ -74,18 +84,17 @@ def project(tmp_path, monkeypatch):
 def ran(tmp_path_factory):
     """A project after `reproduce`: a notebook that works, one that fails, one that works after it."""
     folder = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROJECTABLE_ROOT", str(folder))
-        patch.setenv("PYTHONPATH", str(Path(reporting.__file__).parents[1]))
-        patch.setenv("PROJECTABLE_RUNS", str(folder / "runs"))
-        before = folder / "runs" / "before" / "result.json"
-        before.parent.mkdir(parents=True)
-        before.touch()
-        os.utime(before, (0, 0))
-        write_notebook(folder, "00_good", FINDINGS, TRAINING)
-        write_notebook(folder, "01_bad", 'raise RuntimeError("no \\x1b[31m<luck>\\x1b[0m")', text="# Bad one")
-        write_notebook(folder, "02_last", 'print("still here")', text="# Last one")
-        result = CliRunner().invoke(__main__.cli, ["reproduce", "--profile", "smoke"])
+    before = folder / "runs" / "before" / "result.json"
+    before.parent.mkdir(parents=True)
+    before.touch()
+    os.utime(before, (0, 0))
+    write_notebook(folder, "00_good", FINDINGS, TRAINING)
+    write_notebook(folder, "01_bad", 'raise RuntimeError("no \\x1b[31m<luck>\\x1b[0m")', text="# Bad one")
+    write_notebook(folder, "02_last", KERNEL, 'print("still here")', text="# Last one")
+    ours = dict(PROJECTABLE_ROOT=str(folder), PROJECTABLE_RUNS=str(folder / "runs"))
+    ours["PYTHONPATH"] = str(Path(reporting.__file__).parents[1])
+    command = [sys.executable, "-m", "projectable", "reproduce", "--profile", "smoke"]
+    result = subprocess.run(command, env=os.environ | ours, capture_output=True, text=True)
     return folder / "reports" / "smoke", result
 
 
@@ -115,11 +124,20 @@ class Addresses(HTMLParser):
 
 def test_reproduce_goes_on_after_a_failure_and_names_it(ran):
     reports, result = ran
-    assert result.exit_code == 1
-    assert "failed: 01_bad" in result.output
+    assert result.returncode == 1
+    assert "failed: 01_bad" in result.stdout
     states = [json.loads(p.read_text())["status"] for p in sorted((reports / "results" / "status").glob("*.json"))]
     assert states == ["ok", "failed", "ok"]
     assert not list(reports.rglob(".*")), "drafts of atomic writes were left"
+
+
+def test_kernels_have_what_takes_long_to_import_and_nothing_of_the_package(ran):
+    reports, _ = ran
+    root = reports.parents[1]
+    facts = json.loads((root / "kernel.json").read_text())
+    early = ["pandas", "seaborn", "torch"] if sys.platform == "linux" and not torch.cuda.is_available() else []
+    backend = "module://matplotlib_inline.backend_inline"
+    assert facts == dict(early=early, backend=backend, threads=1, folder=str(root / "notebooks"))
 
 
 def test_pages_and_index_tell_how_many_runs_their_time_holds(ran):
