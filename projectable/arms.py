@@ -673,7 +673,9 @@ def _found(losses: dict[int, float], most: int, whose: str) -> tuple[int, bool, 
 
     Raises DivergedError where all are infinite and no further one is to be tried.
     """
-    best, first, last = min(losses, key=losses.__getitem__), min(losses), max(losses)
+    # of equals the one in the middle, of rates that all diverge the lowest
+    best = min(losses, key=lambda k: (losses[k], abs(k) if losses[k] < math.inf else k))
+    first, last = min(losses), max(losses)
     edge = best in (first, last) and len(losses) > 1
     further = [last + 1 if best == last else first - 1] if edge and len(losses) < most else []
     if losses[best] == math.inf and not further:

@@ -105,7 +105,7 @@ class Profile:
     tasks_per_step: int
     seeds: tuple[int, ...]
     trials: int  # learning rates of an arm and size …
-    max_trials: int  # … and as many at most, where the best is at an edge
+    max_trials: int  # … and as many at most: where the best is at an edge, the sweep goes on
     n_clusters: int
     eval_every: int
     val_images: int
@@ -174,7 +174,7 @@ PROFILES = {
         tasks_per_step=10,
         seeds=(0, 1, 2, 3, 4),
         trials=3,
-        max_trials=6,
+        max_trials=12,
         n_clusters=64,
         eval_every=200,
         val_images=100,
@@ -191,7 +191,7 @@ PROFILES = {
         tasks_per_step=10,
         seeds=(0, 1, 2),
         trials=3,
-        max_trials=6,
+        max_trials=12,
         n_clusters=64,
         eval_every=200,
         val_images=200,

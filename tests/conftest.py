@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -41,27 +42,56 @@ def session_runs(tmp_path_factory, request):
     patch.undo()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def toy_notebooks(session_runs, tmp_path_factory, request):
-    """All notebooks at the smoke setting, in a project folder of their own: (folder, process), started before any test.
+class ToyNotebooks:
+    """All notebooks at the smoke setting, in a project folder of their own, started before any test.
 
-    They take as long as the other tests, mostly on another core; what needs them comes last. None where nothing does.
+    They take as long as the other tests; what needs them comes last. Where tests go side by side (pytest-xdist), the
+    process that hands them out starts these: the others know the folder from the environment.
     """
-    if not any("reports" in getattr(item, "fixturenames", ()) for item in request.session.items):
-        yield None
-        return
-    root = tmp_path_factory.mktemp("project")
-    shutil.copytree(Path(__file__).parents[1] / "notebooks", root / "notebooks", ignore=shutil.ignore_patterns(".*"))
-    env = os.environ | {"PROJECTABLE_ROOT": str(root), "PROJECTABLE_RUNS": str(root / "runs")}
-    command = ["nice", "-n", "5", sys.executable, "-m", "projectable", "reproduce", "--profile", "smoke"]
-    with open(root / "said.txt", "wb") as said:
-        process = subprocess.Popen(command, env=env, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
-    yield root, process
-    for sign in (signal.SIGINT, signal.SIGKILL):  # where tests ended early: first as Ctrl-C does, then for good
-        if process.poll() is None:
-            os.killpg(process.pid, sign)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=30)
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="projectable-tests-")
+        os.environ["PROJECTABLE_TOY_NOTEBOOKS"] = self.folder.name
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        if self.process is None:
+            root, here = Path(self.folder.name), Path(__file__).parents[1] / "notebooks"
+            shutil.copytree(here, root / "notebooks", ignore=shutil.ignore_patterns(".*"))
+            ours = dict(PROJECTABLE_ROOT=str(root), PROJECTABLE_RUNS=str(root / "runs"), CUDA_VISIBLE_DEVICES="")
+            command = ["nice", "-n", "5", sys.executable, "-m", "projectable", "reproduce", "--profile", "smoke"]
+            shell = ["sh", "-c", '"$@" >said.txt 2>&1; echo $? >status.new; mv status.new status', "sh", *command]
+            self.process = subprocess.Popen(shell, cwd=root, env=os.environ | ours, start_new_session=True)
+
+    def end(self) -> None:
+        for sign in (signal.SIGINT, signal.SIGKILL):  # where tests ended early: first as Ctrl-C does, then for good
+            if self.process is not None and self.process.poll() is None:
+                os.killpg(self.process.pid, sign)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(timeout=30)
+        self.folder.cleanup()
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        config.toy_notebooks = ToyNotebooks()
+
+
+def pytest_collection_finish(session):
+    needed = any("reports" in getattr(item, "fixturenames", ()) for item in session.items)
+    if needed and not hasattr(session.config, "workerinput"):
+        session.config.toy_notebooks.start()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids):
+    if any("test_notebooks.py" in name for name in ids):
+        node.config.toy_notebooks.start()
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        config.toy_notebooks.end()
 
 
 @pytest.fixture

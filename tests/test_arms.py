@@ -80,6 +80,14 @@ def test_a_best_that_stays_at_the_edge_is_marked(study):
     assert trials.groupby("d_s").at_edge.sum().tolist() == [1, 1, 1]
 
 
+def test_a_rate_that_changes_nothing_is_the_middle_one(study):
+    study.loss = lambda config, member: 1.0
+    trials = study.sweep("universal_film")
+    middles = [study.middle("universal_film", size) for size in PROFILE.sizes]
+    assert trials.lr[trials.best].tolist() == middles and not trials.at_edge.any()
+    assert (trials.groupby("d_s").size() == 3).all()
+
+
 def test_trials_that_diverge_are_the_worst_and_a_sweep_of_nothing_else_is_an_error(study):
     study.loss = lambda config, member: math.inf if config.lr[0] > 0.03 else bowl(config.lr[0], 0.02)
     trials = study.sweep("universal_film").query("d_s == 8")
