@@ -26,9 +26,7 @@ from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvision
 from .storage import end_with_parent
 
 SHARED = ("torch._dynamo", "pandas", "seaborn", "sklearn.cluster", "scipy.stats", "PIL.Image", "ipykernel.kernelapp")
-INLINE = (
-    "module://matplotlib_inline.backend_inline"  # figures become output; as ipykernel says before matplotlib is there
-)
+INLINE = "module://matplotlib_inline.backend_inline"  # figures become output, as in any kernel
 
 
 @cache
@@ -37,10 +35,10 @@ def share() -> bool:
 
     Only one may that has a single thread yet: of others, locks and pools of threads would stay behind.
     """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a kernel computes little itself: runs go side by side in workers
     if sys.platform != "linux" or len(os.listdir("/proc/self/task")) > 1:
         return False
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: a kernel computes little itself
-    import torch
+    import torch  # now that the number of threads is said
 
     if torch.cuda.is_available():
         return False

@@ -238,8 +238,10 @@ def execute(path: Path, executed: Path, parameters: dict) -> None:
     import papermill
     from traitlets.config import Config
 
+    from . import kernels
+
+    kernels.share()
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's warning on every start
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the kernel computes little itself: runs go side by side in workers
     executed.parent.mkdir(parents=True, exist_ok=True)
     echo = _Echo()
     with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
@@ -477,10 +479,6 @@ def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None, exe
     paths = select_notebooks(only)
     for path in paths:
         check_parameters(path, {"profile": profile})
-    if not executor:
-        from . import kernels
-
-        kernels.share()
     usual = [_usual(path, profile) for path in paths]
     failed: list[str] = []
     done: list[Status] = []

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import inspect
 import json
 import math
 import os
@@ -54,7 +55,17 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return min(1.0, (step + 1) / max(warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def make_optimizer(model: Model, rates: dict[str, float], weight_decay: float) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """Without what torch wraps its methods in for compiled code: that imports its compiler, for seconds."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+
+
+def make_optimizer(model: Model, rates: dict[str, float], weight_decay: float) -> AdamW:
     """AdamW, fused: each member's parameters at that member's rate times their own factor."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups: dict[float, list] = {}
@@ -62,7 +73,7 @@ def make_optimizer(model: Model, rates: dict[str, float], weight_decay: float) -
         for p in parameters:
             groups.setdefault(rates[member] * model.rate_factor(names[id(p)]), []).append(p)
     rated = [dict(params=ps, lr=rate, rate=rate) for rate, ps in groups.items()]
-    return torch.optim.AdamW(rated, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+    return AdamW(rated, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
 @cache

@@ -17,6 +17,7 @@ from conftest import tiny, tiny_projectable
 from projectable import experiment
 from projectable.storage import DamagedFile, load_tensors
 from projectable.training import (
+    AdamW,
     DivergedError,
     Team,
     check_precision,
@@ -354,7 +355,7 @@ def test_what_an_update_would_break_is_never_saved(digits, tmp_path, where, monk
     """The loss of step 20 is fine, but its gradient is not; or the update makes a weight that no loss has seen yet."""
     config, checkpoint = tiny(), tmp_path / "checkpoint.safetensors"
     model, step_now = experiment.build(config, digits), []
-    clip, step_of = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step
+    clip, step_of = torch.nn.utils.clip_grad_norm_, AdamW.step
 
     def clip_badly(parameters, most):
         step_now.append(1)
@@ -370,7 +371,7 @@ def test_what_an_update_would_break_is_never_saved(digits, tmp_path, where, monk
                 model.plain["embedding"][31, 0] = math.inf
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_badly)
-    monkeypatch.setattr(torch.optim.AdamW, "step", step_badly)
+    monkeypatch.setattr(AdamW, "step", step_badly)
     monkeypatch.setattr("projectable.training.split_losses", lambda *_, **__: {"d8": torch.ones(10)})
     with pytest.raises(DivergedError, match=f"{where} .* not finite at step 20 of 40; the last good"):
         trained(config, digits, model, checkpoint=checkpoint)
