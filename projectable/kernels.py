@@ -35,10 +35,10 @@ def share() -> bool:
 
     Only one may that has a single thread yet: of others, locks and pools of threads would stay behind.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a kernel computes little itself: runs go side by side in workers
     if sys.platform != "linux" or len(os.listdir("/proc/self/task")) > 1:
         return False
-    import torch  # now that the number of threads is said
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there; kernels that start anew have it, too
+    import torch
 
     if torch.cuda.is_available():
         return False

@@ -238,10 +238,8 @@ def execute(path: Path, executed: Path, parameters: dict) -> None:
     import papermill
     from traitlets.config import Config
 
-    from . import kernels
-
-    kernels.share()
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's warning on every start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the kernel computes little itself: runs go side by side in workers
     executed.parent.mkdir(parents=True, exist_ok=True)
     echo = _Echo()
     with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
@@ -527,13 +525,19 @@ def _rest(usual: list[float | None], done: list[Status]) -> str:
 
 
 def _one_by_one(paths: list[Path], profile: str) -> Iterator[Status]:
+    from . import kernels
+
     for place, path in enumerate(paths, 1):
         print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)
+        kernels.share()  # before anything else, which may start threads
         yield run_notebook(path, profile, among=[p.stem for p in paths])
 
 
 def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[Status]:
     """As many at once as there are cores, or as the cluster lets run; as they end."""
+    from . import kernels
+
+    forks = not executor and kernels.share()  # first of all: what else is imported may start threads
     import nbconvert  # noqa: F401  # before the processes part: each would need seconds for what one can do for all
     import papermill  # noqa: F401
 
@@ -544,9 +548,7 @@ def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[St
     if executor:
         pool = Jobs(executor, runs_dir() / "jobs", workers())
     else:
-        from . import kernels
-
-        context = get_context("fork" if kernels.share() else "spawn")
+        context = get_context("fork" if forks else "spawn")
         pool = ProcessPoolExecutor(workers(), context, _beside_others)
     try:
         names = [path.stem for path in paths]

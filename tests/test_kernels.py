@@ -68,6 +68,8 @@ def test_nothing_stays_behind(tmp_path, profile, end):
         assert within(90, lambda: len(list(tmp_path.glob("*.pids"))) == asleep), (tmp_path / "said.txt").read_text()
         pids = [int(pid) for path in tmp_path.glob("*.pids") for pid in path.read_text().split()]
         assert len(pids) == 2 and all(map(there, pids)), "two kernels, or one and its worker"
+        started = [Path(f"/proc/{path.stem}/cmdline").read_text() for path in tmp_path.glob("*.pids")]
+        assert all("reproduce" in words for words in started), "kernels are forks"
         os.killpg(process.pid, end) if end == signal.SIGINT else os.kill(process.pid, end)
         assert process.wait(timeout=30) == (130 if end == signal.SIGINT else -end)
         assert within(15, lambda: not any(map(there, pids))), "kernels, or their workers, go on"
