@@ -129,9 +129,9 @@ def _size_axis(ax, sizes) -> None:
 
 
 def _legend(fig: Figure, axes) -> None:
-    """A legend for all panels, below them (inside for a few entries of one panel); the figure grows with its rows."""
+    """A legend for all panels, below them (inside for one or two of one panel); the figure grows with its rows."""
     entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if len(axes) == 1 and 0 < len(entries) < 5:
+    if len(axes) == 1 and 0 < len(entries) < 3:  # more would lie on bars, which `best` does not look at
         axes[0].legend()
     elif entries:
         columns = 3 if max(map(len, entries)) < 30 else 2

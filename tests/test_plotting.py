@@ -56,13 +56,14 @@ def test_t_interval_against_hand_computation():
 
 
 def test_loss_against_size_draws_means_and_every_seed():
-    (ax,) = plotting.loss_against_size(LOSSES, source=1.5).axes
+    fig = plotting.loss_against_size(LOSSES, source=1.5)
+    (ax,) = fig.axes
     bars = {c.get_label(): c.lines[0] for c in ax.containers}
     np.testing.assert_allclose(bars["projected linear"].get_ydata(), [1.73, 1.65, 1.49])
     assert to_hex(bars["projected linear"].get_color()).upper() == plotting.FAMILIES["projected"]
     assert sum(len(line.get_ydata()) for line in ax.lines if line.get_marker() == "o" and line.get_alpha()) == 27
     assert ax.get_xscale() == "log" and ax.get_ylabel() == "test loss (nats per token)"
-    assert [t.get_text() for t in ax.get_legend().get_texts()].count("source (large)") == 1
+    assert [t.get_text() for t in fig.legends[0].get_texts()].count("source (large)") == 1
     (below,) = plotting.loss_against_size(LOSSES, source=1.2).axes  # below all others: off the axis still
     assert below.get_ylim()[0] < 1.2 - 0.02
 
