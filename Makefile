@@ -28,7 +28,7 @@ smoke: .venv/.ready ## run every notebook at toy size into reports/smoke/: check
 	$(BIN)/python -m projectable reproduce --profile smoke
 
 test: .venv/.ready ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lab: .venv/.ready ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
