@@ -12,7 +12,7 @@ rates in the middle of their own sweep.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -230,6 +230,10 @@ class Compared:
         self._about_rows: dict[str, int] = {}  # what every row of a table of trials says, too
         self._refused: set[tuple[str, int, float]] = set()  # arm, size and rate at which a seed diverged
 
+    def names(self) -> Collection[str]:
+        """The names of the arms that can be asked for."""
+        raise NotImplementedError
+
     def sizes_of(self, name: str) -> tuple[int, ...]:
         """The sizes of an arm's models."""
         raise NotImplementedError
@@ -261,7 +265,10 @@ class Compared:
         return float(f"{self.middle(name, size) * self.factor**power:.2g}")
 
     def sweep(self, *names: str) -> pd.DataFrame:
-        """Every trial of these arms: arm, d_s, lr, val_loss, best, at_edge, seconds. Trains what is missing."""
+        """Every trial of these arms: arm, d_s, lr, val_loss, best, at_edge, seconds. Trains what is missing.
+
+        Raises ValueError for an unknown arm.
+        """
         return sweep_together([(self, names)])[0]
 
     def _sweeping(self, names: tuple[str, ...]) -> Generator[list[RunConfig], list[Run], pd.DataFrame]:
@@ -294,7 +301,9 @@ class Compared:
                 return table
 
     def trials(self) -> pd.DataFrame:
-        """Every trial so far, of all arms, as `sweep` gives them."""
+        """Every trial so far, of all arms, as `sweep` gives them; ValueError before the first sweep."""
+        if not self._swept:
+            raise ValueError("no arm was swept yet: nothing was tried")
         return pd.concat(self._swept.values(), ignore_index=True)
 
     def rates(self, name: str) -> dict[int, float]:
@@ -310,7 +319,7 @@ class Compared:
     def seeds(self, *names: str, max_seeds: int | None = None) -> dict[str, list[Run]]:
         """The runs of these arms over all seeds (at most `max_seeds`) at their best rates, tested.
 
-        In a `Study`, `universal` stands for the best one a size.
+        In a `Study`, `universal` stands for the best one a size. Raises ValueError for an unknown arm.
         """
         runs = _tested([(self, names)], max_seeds, f"{self.about}seeds of {_words(names)}")
         result: dict[str, list[Run]] = {name: [] for name in names}
@@ -341,8 +350,8 @@ class Compared:
 class Study(Compared):
     """All arms of one profile and one definition of tasks: sweeps, choices, runs over seeds.
 
-    `masked`: of the masked family (`masked.py`), whose arms are `MASKED`. `maps`: the form of projections, in all arms
-    that do not name a family.
+    `masked`: of the family that fills in masked tokens, whose arms are `MASKED`. `maps`: the form of projections in all
+    arms that name no family. `options`: more of them for an arm, by its name.
     """
 
     def __init__(
@@ -352,9 +361,10 @@ class Study(Compared):
         sizes: tuple[int, ...] | None = None,
         masked: bool = False,
         maps: Maps = MAPS,
+        options: dict[str, dict] | None = None,
     ):
         super().__init__(profile)
-        self.maps, self.data = maps, replace(profile.data, tasks=tasks)
+        self.maps, self.options, self.data = maps, options or {}, replace(profile.data, tasks=tasks)
         self.sizes = sizes or profile.sizes
         self.arms, self.family = (MASKED, "masked_") if masked else (EVERY, "")
         self._best: dict[int, str] = {}
@@ -370,7 +380,7 @@ class Study(Compared):
         """
         arm, p = self.arms[name], self.profile
         sizes = () if arm.model == "source" else tuple(sorted(rates))
-        options, start = dict(arm.options), None
+        options, start = arm.options | self.options.get(name, {}), None
         if arm.model == "projectable" and "family" not in options:
             static = options.pop("static", "")
             options = self.maps.options | options | (dict.fromkeys(self.maps.families, static) if static else {})
@@ -423,6 +433,9 @@ class Study(Compared):
         return round(rival[0].steps * left / sum(map(operations, rival)))
 
     # ------------------------------------------------------------------------------------- sweeps and seeds
+
+    def names(self) -> Collection[str]:
+        return [*self.arms, "universal"]
 
     def sizes_of(self, name: str) -> tuple[int, ...]:
         if self.arms[name].model == "source":
@@ -498,6 +511,7 @@ def seeds_together(wanted: Sequence[tuple[Compared, Iterable[str]]], max_seeds: 
 def _tested(wanted: Sequence[tuple[Compared, Iterable[str]]], max_seeds: int | None, words: str) -> list[Run]:
     """The runs of these studies' arms over seeds. Where one diverges all are chosen anew, its rate left out."""
     wanted = [(study, tuple(names)) for study, names in wanted]
+    _check_names(wanted)
     while True:
         asked = [(study, *found[1:]) for study, names in wanted for found in study._of_seeds(names, max_seeds)]
         runs = run_many([config for *_, config in asked], words, test=True, diverging=True)
@@ -517,6 +531,7 @@ def sweep_together(wanted: Sequence[tuple[Compared, Iterable[str]]]) -> list[pd.
     Trained side by side, so that no core waits for the last trial of one.
     """
     arms = [tuple(names) for _, names in wanted]
+    _check_names(wanted)
     sweeps = [study._sweeping(names) for (study, _), names in zip(wanted, arms, strict=True)]
     asked, tables = {i: next(sweep) for i, sweep in enumerate(sweeps)}, {}
     abouts = {study.about for study, _ in wanted}
@@ -607,6 +622,9 @@ class Scarce(Compared):
         one = self.study.arms[name].model != "projectable"
         return self.study.config(name, {size: rates[size]} if one else rates, seed)
 
+    def names(self) -> Collection[str]:
+        return FEW_IMAGES
+
     def sizes_of(self, name: str) -> tuple[int, ...]:
         base = self.study.arms.get(FEW_IMAGES[name].base)
         return (self.study.profile.d_source,) if base and base.model == "source" else self.study.sizes
@@ -683,6 +701,13 @@ def _found(losses: dict[int, float], most: int, whose: str) -> tuple[int, bool, 
             f"{whose}: training diverged at each of {len(losses)} learning rates: centre its sweep lower"
         )
     return best, edge, further
+
+
+def _check_names(wanted: Sequence[tuple[Compared, Iterable[str]]]) -> None:
+    for study, names in wanted:
+        for name in names:
+            if name not in study.names():
+                raise ValueError(f"unknown arm {name!r}; allowed: {', '.join(study.names())}")
 
 
 def _words(names: tuple[str, ...]) -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conditioning import SupportSet
-from .transformer import Shape, Weights, forward, initial_weights, task_losses
+from .transformer import Shape, Weights, draw_places, forward, initial_weights, masked_losses, task_losses
 
 CONDITIONINGS = ("none", "token", "additive", "film", "adaln")
 
@@ -25,6 +25,12 @@ class Model(nn.Module):
 
     members: tuple[str, ...]
     shape: Shape
+    n_tasks: int  # of all tasks
+
+    @property
+    def draws(self) -> bool:
+        """Whether a step of training draws random numbers on the CPU: it is no CUDA graph then."""
+        return self.shape.masked
 
     def weights(self, member: str, task_ids: Tensor) -> Weights:
         """The Transformer weights of that member for tasks (T,), with or without a leading task axis."""
@@ -40,8 +46,20 @@ class Model(nn.Module):
         return 1.0
 
     def losses(self, task_ids: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Nats per token of every member on its tasks: {member: (T,)}; tokens (T, B, N)."""
-        return {m: task_losses(self.weights(m, task_ids), tokens, self.shape.d_head) for m in self.members}
+        """Nats per token of every member on its tasks: {member: (T,)}; tokens (T, B, N).
+
+        Nats per masked token where the model fills them in. In training masks come from torch's global generator on the
+        CPU, whose state a checkpoint holds, and are drawn for all tasks, so that processes which share the tasks of a
+        step draw alike; all members see the same ones. Without gradients they are fixed: every model, seed and member
+        is evaluated on the same ones.
+        """
+        d_head = self.shape.d_head
+        if not self.shape.masked:
+            return {m: task_losses(self.weights(m, task_ids), tokens, d_head) for m in self.members}
+        fixed = None if torch.is_grad_enabled() else torch.Generator().manual_seed(0)
+        _, batch, length = tokens.shape
+        places = draw_places(self.n_tasks, batch, length, fixed)[task_ids.cpu()].to(tokens.device)
+        return {m: masked_losses(self.weights(m, task_ids), tokens, places, d_head) for m in self.members}
 
 
 class Universal(Model):
@@ -64,7 +82,7 @@ class Universal(Model):
         super().__init__()
         if conditioning not in CONDITIONINGS:
             raise ValueError(f"unknown conditioning {conditioning!r}; allowed: {', '.join(CONDITIONINGS)}")
-        self.shape, self.conditioning = shape, conditioning
+        self.shape, self.n_tasks, self.conditioning = shape, n_tasks, conditioning
         self.members = (member or f"d{shape.d_model}",)
         if zero_writes and conditioning == "adaln":
             raise ValueError("zero_writes=True with AdaLN-Zero, whose gates are zero: nothing would be learned")
@@ -122,8 +140,14 @@ class Universal(Model):
 def for_new_tasks(base: Universal, n_tasks: int, tune: str = "vector") -> Universal:
     """A trained universal model for tasks that it does not know, told of each what it is told of its own on average.
 
-    `tune`: `vector`, only what it is told of a task learns; `maps`, all of it. Raises ValueError for another.
+    `tune`: `vector`, only what it is told of a task learns; `maps`, all of it. Raises ValueError for another, or where
+    the model is not told of its task by a learned vector.
     """
+    if type(base) is not Universal or base.conditioning == "none":
+        allowed = ", ".join(CONDITIONINGS[1:])
+        raise ValueError(
+            f"{type(base).__name__} with {base.conditioning!r} conditioning; allowed for new tasks: {allowed}"
+        )
     if tune not in ("vector", "maps"):
         raise ValueError(f"unknown tune {tune!r}; allowed: vector, maps")
     model = Universal(base.shape, n_tasks, base.conditioning)
@@ -145,9 +169,7 @@ class SupportUniversal(Universal):
 
     def __init__(self, shape: Shape, support: Tensor, z_dim: int = 8):
         super().__init__(shape, len(support), "none")
-        n = support.shape[1]
-        n_train = [k for k in (1, 4, 16) if k <= n]
-        self.encoder = SupportSet(len(support), z_dim, support, shape.vocab_size, n_train=n_train, n_eval=min(16, n))
+        self.encoder = SupportSet(len(support), z_dim, support, shape.vocab_size)
         self.outward = nn.Parameter(torch.zeros(z_dim, shape.d_model))
 
     def rate_factor(self, name: str) -> float:
@@ -180,7 +202,7 @@ class Specialists(Model):
 
     def __init__(self, shape: Shape, n_tasks: int, start: Weights | None = None):
         super().__init__()
-        self.shape = shape
+        self.shape, self.n_tasks = shape, n_tasks
         self.members = (f"d{shape.d_model}",)
         start = start or initial_weights(shape)
         plain = {k: len(s) for k, s in shape.weight_shapes().items()}  # number of axes without the task axis
@@ -217,6 +239,7 @@ class HardMixture(Specialists):
 
     def __init__(self, shape: Shape, expert_of: Tensor):
         super().__init__(shape, int(expert_of.max()) + 1)
+        self.n_tasks = len(expert_of)
         self.register_buffer("expert_of", expert_of)
 
     def weights(self, member: str, task_ids: Tensor) -> Weights:

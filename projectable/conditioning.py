@@ -151,8 +151,9 @@ class SupportSet(Conditioning):
     """A few images of the task: tokens embedded and gated by position, their mean over all images, a small MLP.
 
     `support` (n_tasks, n_max, N) are training images as tokens below `vocab_size`. In training mode with gradients, n
-    is drawn from `n_train` and the images from the task's support, with torch's random numbers; otherwise z is that of
-    the first `n_eval` images. The pooled state is centred and scaled by the support's single images at the start.
+    is drawn from `n_train` (1, 4 and 16, where there are as many) and the images from the task's support, with torch's
+    random numbers; else z is that of the first `n_eval` images (at most 16). The pooled state is centred and scaled
+    by the support's single images at the start. Raises ValueError for tokens or numbers of images that cannot be.
     """
 
     needs = ("support", "vocab_size")
@@ -165,8 +166,8 @@ class SupportSet(Conditioning):
         support: Tensor,
         vocab_size: int,
         width: int = 64,
-        n_train: Sequence[int] = (1, 4, 16),
-        n_eval: int = 16,
+        n_train: Sequence[int] | None = None,
+        n_eval: int | None = None,
     ):
         super().__init__(n_tasks, z_dim)
         n_max = support.shape[1] if support.dim() == 3 else 0
@@ -176,6 +177,8 @@ class SupportSet(Conditioning):
             raise ValueError(
                 f"support has tokens from {support.min()} to {support.max()}; allowed: 0 to {vocab_size - 1}"
             )
+        n_train = [n for n in (1, 4, 16) if n <= n_max] if n_train is None else n_train
+        n_eval = min(16, n_max) if n_eval is None else n_eval
         for name, n in [("n_eval", n_eval), *(("n_train", n) for n in n_train)]:
             if not 1 <= n <= n_max:
                 raise ValueError(f"{name} asks for {n} images of a support of {n_max}; allowed: 1 to {n_max}")

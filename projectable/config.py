@@ -1,7 +1,7 @@
 """What a run is: everything that decides its numbers, in one frozen description.
 
-`Profile` fixes the setting that all arms of a comparison share; `RunConfig` is one training run,
-which may be read from JSON: what it says is checked.
+`Profile` fixes the setting that all arms of a comparison share; `RunConfig` is one training run, which may be read from
+JSON. What a config says is checked when it is made.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Collection
@@ -22,6 +23,50 @@ from .transformer import Shape
 
 PRECISIONS = ("float32", "bfloat16")
 
+# what a config may say
+AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
+AT_LEAST_0 = ("warmup", "val_images", "patience")
+NO_START = ("universal", "support_universal", "hard_mixture", "masked_universal")
+ONE_SIZE = (
+    "universal",
+    "support_universal",
+    "told",
+    "distilled",
+    "specialists",
+    "distilled_specialists",
+    "tuned",
+    "cut",
+    "hard_mixture",
+    "masked_universal",
+)
+NEED_START = (
+    "told",
+    "distilled",
+    "distilled_specialists",
+    "tuned",
+    "cut",
+    "adapted",
+    "projectable",
+    "masked_projectable",
+)
+STARTS = {  # whose start is of one kind, and of the same data and source
+    "projectable": "source",
+    "masked_projectable": "masked_source",
+    "distilled": "source",
+    "cut": "source",
+    "tuned": "projectable",
+}
+OF_OTHER_DATA = {  # whose start may be of other data
+    "told": ("support_universal",),
+    "adapted": ("projectable", "universal", "source"),
+}
+
+
+def _at_least(config, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}={getattr(config, name)}; allowed: {least} or more")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -32,6 +77,12 @@ class DataConfig:
     vocab_size: int = 128  # codes of the codebook
     patch: int = 4  # pixels
     val_per_class: int = 600  # images held back for every choice
+
+    def __post_init__(self) -> None:
+        kind, _, path = self.dataset.partition(":")
+        if path:  # the same images, wherever one asks from
+            object.__setattr__(self, "dataset", f"{kind}:{os.path.abspath(os.path.expanduser(path))}")
+        _at_least(self, 0, "val_per_class")
 
 
 @dataclass(frozen=True)
@@ -61,16 +112,57 @@ class RunConfig:
     start: RunConfig | None = None
 
     def __post_init__(self) -> None:
+        """Raises ValueError naming the value and what is allowed."""
         if len(self.lr) != len(self.sizes):
             raise ValueError(
                 f"{len(self.lr)} learning rates for {len(self.sizes)} sizes {self.sizes}: one each is allowed"
             )
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}; allowed: {', '.join(PRECISIONS)}")
+        _at_least(self, 1, *AT_LEAST_1)
+        _at_least(self, 0, *AT_LEAST_0)
+        if not 0 < self.clip < math.inf:
+            raise ValueError(f"clip={self.clip}; allowed: more than 0")
+        rates = {f"lr of {member}": lr for member, lr in self.rates().items() if member != "source"}
+        for name, value in (rates | dict(source_lr=self.source_lr, weight_decay=self.weight_decay)).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value}; allowed: 0 or more")
+        for name, most in (("seed", 2**63 - 1), ("steps", 10**9)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)}; allowed: up to {most}, not negative")
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(f"sizes={list(self.sizes)}; allowed: each once")
+        if any(size < 1 for size in self.sizes):
+            raise ValueError(f"sizes={list(self.sizes)}; allowed: 1 or more")
+        if self.model in ONE_SIZE and len(self.sizes) != 1:
+            raise ValueError(f"sizes={list(self.sizes)}; allowed for model {self.model!r}: one size")
+        if self.model in NO_START and self.start is not None:
+            raise ValueError(f"model {self.model!r} starts from nothing; allowed: no 'start'")
+        if self.model in NEED_START and self.start is None:
+            raise ValueError(f"model {self.model!r} needs 'start', the config of what it starts from")
+        if self.start is not None:
+            self._check_start(self.start)
+
+    def _check_start(self, start: RunConfig) -> None:
+        allowed = (STARTS[self.model],) if self.model in STARTS else OF_OTHER_DATA.get(self.model, (start.model,))
+        if start.model not in allowed:
+            kinds = " or ".join(map(repr, allowed))
+            raise ValueError(f"start: model {start.model!r}; allowed for {self.model!r}: {kinds}")
+        if start.model.startswith("masked_") and not self.model.startswith("masked_"):
+            raise ValueError(
+                f"start: model {start.model!r}; allowed for {self.model!r}: none that fills in masked tokens"
+            )
+        same = ("data", "d_source", "n_layers") if self.model in STARTS else ("n_layers",)
+        for name in same:
+            its, own = getattr(start, name), getattr(self, name)
+            if its != own:
+                raise ValueError(f"start: {name}={its}; allowed: that of the run itself, {own}")
 
     def shape(self, length: int, d_model: int | None = None) -> Shape:
         """The Transformer of that width (default: the source's) for sequences of `length` tokens."""
-        return Shape(d_model or self.d_source, self.n_layers, vocab_size=self.data.vocab_size, length=length)
+        masked = self.model.startswith("masked_")  # the mask is one more token
+        vocab_size = self.data.vocab_size + masked
+        return Shape(d_model or self.d_source, self.n_layers, vocab_size=vocab_size, length=length, masked=masked)
 
     def rates(self) -> dict[str, float]:
         """Learning rate by member."""
@@ -208,41 +300,6 @@ def get_profile(name: str) -> Profile:
 
 # ---------------------------------------------------------------------------------------------- a config as JSON
 
-AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
-AT_LEAST_0 = ("warmup", "val_images", "patience")
-NO_START = ("universal", "support_universal", "hard_mixture", "masked_universal")
-ONE_SIZE = (
-    "universal",
-    "support_universal",
-    "told",
-    "distilled",
-    "specialists",
-    "distilled_specialists",
-    "tuned",
-    "cut",
-    "hard_mixture",
-    "masked_universal",
-)
-NEED_START = (
-    "told",
-    "distilled",
-    "distilled_specialists",
-    "tuned",
-    "cut",
-    "adapted",
-    "projectable",
-    "masked_projectable",
-)
-
-
-STARTS = {  # whose start is of one kind, and of the same data and source
-    "projectable": "source",
-    "masked_projectable": "masked_source",
-    "distilled": "source",
-    "cut": "source",
-    "tuned": "projectable",
-}
-
 
 class ConfigError(ValueError):
     """A config, or a run that was asked for, is none; the message names the value and what is allowed."""
@@ -275,49 +332,11 @@ def config_from(found: dict, models: Collection[str], where: str = "config") -> 
 
 
 def _checked(config: RunConfig, models: Collection[str], where: str) -> RunConfig:
-    """A config, and what it starts from, whose values can be. Raises ConfigError."""
+    """A config whose model, and that of what it starts from, is known. Raises ConfigError."""
     if config.model not in models:
         raise ConfigError(f"{where}: unknown model {config.model!r}; allowed: {', '.join(models)}")
-    for name in AT_LEAST_1:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{where}: {name}={getattr(config, name)}; allowed: 1 or more")
-    for name in AT_LEAST_0:
-        if getattr(config, name) < 0:
-            raise ConfigError(f"{where}: {name}={getattr(config, name)}; allowed: 0 or more")
-    if not 0 < config.clip < math.inf:
-        raise ConfigError(f"{where}: clip={config.clip}; allowed: more than 0")
-    for name, value in (
-        ("source_lr", config.source_lr),
-        ("weight_decay", config.weight_decay),
-        *config.rates().items(),
-    ):
-        if not 0 <= value < math.inf:
-            name = name if name in ("source_lr", "weight_decay") else f"lr of {name}"
-            raise ConfigError(f"{where}: {name}={value}; allowed: 0 or more")
-    if config.data.val_per_class < 0:
-        raise ConfigError(f"{where}: val_per_class={config.data.val_per_class}; allowed: 0 or more")
-    if config.model in NO_START and config.start is not None:
-        raise ConfigError(f"{where}: model {config.model!r} starts from nothing; allowed: no 'start'")
-    if len(set(config.sizes)) < len(config.sizes):
-        raise ConfigError(f"{where}: sizes={list(config.sizes)}; allowed: each once")
-    for name, most in (("seed", 2**63 - 1), ("steps", 10**9)):
-        if not 0 <= getattr(config, name) <= most:
-            raise ConfigError(f"{where}: {name}={getattr(config, name)}; allowed: up to {most}, not negative")
-    if config.model in ONE_SIZE and len(config.sizes) != 1:
-        raise ConfigError(f"{where}: sizes={list(config.sizes)}; allowed for model {config.model!r}: one size")
-    if config.model in NEED_START and config.start is None:
-        raise ConfigError(f"{where}: model {config.model!r} needs 'start', the config of what it starts from")
     if config.start is not None:
         _checked(config.start, models, f"{where}, start")
-        allowed = STARTS.get(config.model, config.start.model)
-        if config.start.model != allowed:
-            raise ConfigError(
-                f"{where}, start: model {config.start.model!r}; allowed for {config.model!r}: {allowed!r}"
-            )
-        for name in ("data", "d_source", "n_layers") if config.model in STARTS else ():
-            its, own = getattr(config.start, name), getattr(config, name)
-            if its != own:
-                raise ConfigError(f"{where}, start: {name}={its}; allowed: that of the run itself, {own}")
     return config
 
 
@@ -354,7 +373,7 @@ def _value(kind, value, words: str, where: str):
                 isinstance(p, list | tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs
             ):
                 raise ConfigError(f"{words}={value!r:.60}; allowed: an object, or a list of [name, value]")
-            return tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in pairs)
+            return tuple((name, _frozen(v)) for name, v in pairs)
         if not isinstance(value, list):
             raise ConfigError(f"{words}={value!r:.60}; allowed: a list of {inner.__name__}")
         return tuple(_value(inner, x, words, where) for x in value)
@@ -363,3 +382,8 @@ def _value(kind, value, words: str, where: str):
     if type(value) is not kind:
         raise ConfigError(f"{words}={value!r:.60}; allowed: {kind.__name__}")
     return value
+
+
+def _frozen(value):
+    """JSON's lists as tuples, all the way down."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -21,7 +21,7 @@ from .baselines import Model
 from .experiment import Run, workers
 from .projection import Projectable
 from .tasks import TaskData
-from .transformer import forward, task_losses
+from .transformer import Products, forward, task_losses
 
 
 def side_by_side(function: Callable, things: Iterable) -> list:
@@ -204,10 +204,8 @@ def generation_cost(model: Projectable, member: str, repeats: int = 30) -> dict:
     `maps`, `source`, `deployed`: parameters of the generators (task vectors included), of the source, of the small
     model; `multiply_adds` to generate it; `ms`, the median time for that, and `ms_low`, `ms_high`, its quartiles.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     one = torch.arange(1)
-    with FlopCounterMode(display=False) as counter:
+    with Products() as counter:
         weights = model.weights(member, one)
     times = []
     for _ in range(repeats):
@@ -218,7 +216,7 @@ def generation_cost(model: Projectable, member: str, repeats: int = 30) -> dict:
     maps = [*model.conditioning[member].parameters(), *model.projections[member].parameters()]
     sizes = dict(maps=maps, source=model.source.parameters(), deployed=weights.values())
     counts = {name: sum(w.numel() for w in ws) for name, ws in sizes.items()}
-    return counts | dict(multiply_adds=counter.get_total_flops() // 2, ms=middle, ms_low=low, ms_high=high)
+    return counts | dict(multiply_adds=counter.multiply_adds, ms=middle, ms_low=low, ms_high=high)
 
 
 def steps_worth(steps, losses, loss: float) -> float:

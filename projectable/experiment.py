@@ -9,6 +9,7 @@ diverged leaves `diverged.json`: it would do so again, and is not tried again.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -46,7 +47,6 @@ from .baselines import (
 )
 from .conditioning import CONDITIONINGS
 from .config import DataConfig, RunConfig
-from .masked import MaskedProjectable, MaskedUniversal, with_mask
 from .projection import Adapted, Projectable
 from .storage import (
     DamagedFile,
@@ -64,6 +64,7 @@ from .storage import (
 from .tasks import FEW, Codebook, TaskData, few, make_tasks, text
 from .tasks.images import content_key
 from .training import DivergedError, Jobs, Outcome, Team, split_losses, train
+from .transformer import Products
 
 Report = Callable[[int, int, float], None]
 
@@ -162,15 +163,30 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
 def build(config: RunConfig, data: TaskData) -> Model:
     """The untrained model of a config, on the CPU; what it starts from is found, or trained first.
 
-    Raises ValueError where that would give a model of another width than the config says.
+    Raises ValueError naming what is allowed: for an unknown model or option, or a start that would give other models
+    than the config says.
     """
-    model = untrained(config, data, run(config.start).model() if config.start is not None else None)
+    start = run(config.start).model() if config.start is not None else None
+    if config.model in MODELS:
+        takes = inspect.signature(MODELS[config.model]).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            for option in dict(config.options).keys() - set(takes):
+                allowed = ", ".join([*takes][3:]) or "none"
+                raise ValueError(f"unknown option {option!r} of the model {config.model!r}; allowed: {allowed}")
+    model = untrained(config, data, start)
+    members = set(model.members) - {"source"}
+    if members != {f"d{size}" for size in config.sizes}:
+        words = f"{config.model!r} with sizes={list(config.sizes)} would have {', '.join(sorted(members)) or 'none'}"
+        raise ValueError(f"{words}; allowed: the widths that its start has")
     for member in model.members:
-        width = config.d_source if member == "source" else int(member[1:])
+        small = member != "source"
+        shape = dict(config.options).get("n_layers", config.n_layers) if small else config.n_layers
+        shape = (shape, int(member[1:]) if small else config.d_source)
         with torch.no_grad():
-            found = model.weights(member, torch.arange(1))["qkv"].shape[-2]
-        if found != width:
-            raise ValueError(f"{config.model!r}: {member} would have width {found}; allowed: a start of width {width}")
+            found = tuple(model.weights(member, torch.arange(1))["qkv"].shape[-3:-1])
+        if found != shape:
+            words = f"{member} would have {found[0]} layers of width {found[1]}"
+            raise ValueError(f"{config.model!r}: {words}; allowed: a start with {shape[0]} of width {shape[1]}")
     return model
 
 
@@ -197,9 +213,7 @@ def _support_universal(config: RunConfig, data: TaskData, start: Model | None) -
     return SupportUniversal(config.shape(data.codebook.length, *config.sizes), data.first("train", 16))
 
 
-def _told(config: RunConfig, data: TaskData, start: Model) -> Model:
-    if not isinstance(start, SupportUniversal):
-        raise ValueError("the model 'told' needs a start; allowed: the config of a support_universal")
+def _told(config: RunConfig, data: TaskData, start: SupportUniversal) -> Model:
     return start.told_of(data.first("train", 16))
 
 
@@ -208,44 +222,37 @@ def _distilled(config: RunConfig, data: TaskData, start: Universal, **options) -
 
 
 def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Model:
+    (size,) = config.sizes
     weights = None
     if start is not None:
+        if f"d{size}" not in start.members:
+            allowed = ", ".join(start.members)
+            raise ValueError(f"{config.model!r} of width {size}; allowed: a width of its start: {allowed}")
         with torch.no_grad():
-            weights = start.weights(start.members[0], torch.arange(data.n_tasks))
-    return Specialists(config.shape(data.codebook.length, *config.sizes), data.n_tasks, weights)
+            weights = start.weights(f"d{size}", torch.arange(data.n_tasks))
+    return Specialists(config.shape(data.codebook.length, size), data.n_tasks, weights)
 
 
 def _distilled_specialists(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
     return DistilledSpecialists(config.shape(data.codebook.length, *config.sizes), data.n_tasks, start, **options)
 
 
-def _tuned(config: RunConfig, data: TaskData, start: Projectable) -> Model:
-    (size,) = config.sizes
-    if f"d{size}" not in start.members:
-        raise ValueError(f"'tuned' of width {size}; allowed: a width of its start: {', '.join(start.members)}")
-    with torch.no_grad():
-        weights = start.weights(f"d{size}", torch.arange(data.n_tasks))
-    return Specialists(config.shape(data.codebook.length, size), data.n_tasks, weights)
-
-
 def _cut(config: RunConfig, data: TaskData, start: Universal, p0: str) -> Model:
     tokens = data.first("train", 20)
     whole = Projectable(start, data.n_tasks, config.sizes, tokens, family="Slice", p0=p0, seed=config.seed)
-    return _tuned(config, data, whole)
+    return _specialists(config, data, whole)
 
 
-def _adapted(config: RunConfig, data: TaskData, start: Model, tune: str = "vector") -> Model:
+def _adapted(config: RunConfig, data: TaskData, start: Universal | Projectable, tune: str = "vector") -> Model:
     if isinstance(start, Universal):
         return for_new_tasks(start, data.n_tasks, tune)
-    if not isinstance(start, Projectable):
-        raise ValueError("the model 'adapted' needs a start; allowed: the config of a projectable or universal model")
-    support = data.first("train", 16)
-    return Adapted(start, data.n_tasks, config.sizes, support, tune)
+    return Adapted(start, data.n_tasks, config.sizes, data.first("train", 16), tune)
 
 
-def _projectable(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
+def _projectable(config: RunConfig, data: TaskData, start: Universal, encoder: tuple = (), **options) -> Model:
+    """`encoder`: of image features, name and weights file of a ResNet, and its checksum (`image_features`)."""
     kind = CONDITIONINGS.get(options.get("conditioning", "LearnedID"))
-    told = {need: TELL[need](data) for need in kind.needs} if kind is not None else None
+    told = {need: TELL[need](data, *encoder) for need in kind.needs} if kind is not None else None
     tokens = data.first("train", 20)
     return Projectable(start, data.n_tasks, config.sizes, tokens, told=told, seed=config.seed, **options)
 
@@ -255,36 +262,23 @@ def _hard_mixture(config: RunConfig, data: TaskData, start: None, n_experts: int
     return HardMixture(config.shape(data.codebook.length, *config.sizes), groups)
 
 
-def _masked_source(config: RunConfig, data: TaskData, start: Model | None, **options) -> Model:
-    source = MaskedUniversal(with_mask(config.shape(data.codebook.length)), data.n_tasks, member="source", **options)
-    if start is not None:
-        source.load_state_dict(start.state_dict())
-    return source
-
-
-def _masked_universal(config: RunConfig, data: TaskData, start: None, **options) -> Model:
-    return MaskedUniversal(with_mask(config.shape(data.codebook.length, *config.sizes)), data.n_tasks, **options)
-
-
-def _masked_projectable(config: RunConfig, data: TaskData, start: MaskedUniversal, **options) -> Model:
-    tokens = data.first("train", 20)
-    return MaskedProjectable(start, data.n_tasks, config.sizes, tokens, seed=config.seed, **options)
-
-
-def _tell_vectors(data: TaskData) -> torch.Tensor:
+def _tell_vectors(data: TaskData, network: str = "", weights: str = "", sha256: str = "") -> torch.Tensor:
     """Mean image features of 50 training images of each task, as their codes show them: (n_tasks, F)."""
-    from .features import image_features
+    from .features import DEFAULT, image_features
 
     tokens = data.first("train", 50)
     images = data.codebook.decode(tokens.flatten(0, 1).numpy())
-    return image_features(images, size=96, folder=runs_dir()).view(data.n_tasks, tokens.shape[1], -1).mean(1)
+    if not isinstance(images, np.ndarray):
+        raise ValueError(f"image features of {data.name}, which is no images; allowed: other conditionings")
+    features = image_features(images, network or DEFAULT, weights or None, sha256 or None, size=96, folder=runs_dir())
+    return features.view(data.n_tasks, tokens.shape[1], -1).mean(1)
 
 
-TELL: dict[str, Callable[[TaskData], Any]] = {  # what a conditioning may need to be told of the tasks
+TELL: dict[str, Callable[..., Any]] = {  # what a conditioning may need to be told of the tasks
     "vectors": _tell_vectors,
-    "names": lambda data: data.task_names,
-    "support": lambda data: data.first("train", 16),
-    "vocab_size": lambda data: len(data.codebook.codes),
+    "names": lambda data, *_: data.task_names,
+    "support": lambda data, *_: data.first("train", 16),
+    "vocab_size": lambda data, *_: len(data.codebook.codes),
 }
 
 
@@ -296,20 +290,21 @@ MODELS: dict[str, Callable[..., Model]] = {
     "distilled": _distilled,
     "specialists": _specialists,
     "distilled_specialists": _distilled_specialists,
-    "tuned": _tuned,  # specialists that start from projected models
+    "tuned": _specialists,  # specialists that start from projected models
     "cut": _cut,  # specialists that start from a source cut to their width, its maps' start left as it is
     "adapted": _adapted,  # a projectable or universal model for tasks that it has not seen
     "projectable": _projectable,
     "hard_mixture": _hard_mixture,
-    "masked_source": _masked_source,
-    "masked_universal": _masked_universal,
-    "masked_projectable": _masked_projectable,
+    "masked_source": _source,  # of the family that fills in masked tokens: their shapes say so
+    "masked_universal": _universal,
+    "masked_projectable": _projectable,
 }
 
 
 TAUGHT = {"distilled": "universal", "distilled_specialists": "specialists"}  # what they are, once trained
 
 
+@cache
 def operations(config: RunConfig) -> float:
     """Multiply-adds of a run's training, its start and the generation of a projectable's models included.
 
@@ -322,7 +317,8 @@ def operations(config: RunConfig) -> float:
     options, model = dict(config.options), config.model.removeprefix("masked_")
     if model == "source" or model == "projectable" and options.get("source_mode", "trained") == "trained":
         widths.append(config.d_source)
-    per_token = 3.0 * sum(config.shape(length, width).n_operations() for width in widths)
+    shapes = [replace(config.shape(length, width), vocab_size=config.data.vocab_size) for width in widths]
+    per_token = 3.0 * sum(shape.n_operations() for shape in shapes)
     if config.model in TAUGHT:
         per_token += config.shape(length).n_operations()
     n_tasks = min(config.tasks_per_step, data.n_tasks)
@@ -339,14 +335,12 @@ def operations(config: RunConfig) -> float:
 @cache
 def _generation(config: RunConfig, n_tasks: int) -> int:
     """Multiply-adds of the products that generate the small weights of that many tasks, all sizes of a projectable."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model = _blank(config, data_for(config.data)).requires_grad_(False)  # whose hooks the counter could not set
-        with FlopCounterMode(display=False) as counter:
+        model = _blank(config, data_for(config.data))
+        with Products() as counter:
             for member in config.sizes:
                 model.weights(f"d{member}", torch.arange(n_tasks))
-    return counter.get_total_flops() // 2
+    return counter.multiply_adds
 
 
 # ---------------------------------------------------------------------------------------------------- one run
@@ -449,14 +443,15 @@ def run(
     same run train it once; the processes of a team read and write the same folder. Raises DivergedError where its
     training diverges, or did before.
     """
-    folder, team = folder_of(config), team or Team()
+    found, team = Run(config, folder_of(config)), team or Team()
+    folder = found.folder
     said = f"{folder.name} is being trained by another process: waiting for it"
 
     def is_there() -> bool:
-        if has_diverged(config):
+        if found.has_diverged:
             remembered = folder / "diverged.json"
             raise DivergedError(f"{read_json(remembered)['error']} (remembered: delete {remembered} to try again)")
-        return is_done(config)
+        return found.is_done()
 
     if not team.first(is_there):
         lock = locked(folder.with_suffix(".lock"), lambda: print(said, file=sys.stderr))
@@ -472,7 +467,7 @@ def run(
         if team.rank == 0:
             folder.with_suffix(".lock").unlink(missing_ok=True)
         team.first(is_there)  # raises where it diverged
-    return Run(config, folder)
+    return found
 
 
 def _train(config: RunConfig, folder: Path, report: Report | None, stop: Callable[[], bool] | None, team: Team) -> None:
@@ -494,7 +489,8 @@ def _prepare(config: RunConfig, folder: Path) -> None:
     """Write what is trained, and clear away what a killed process was writing."""
     write_json(folder / "config.json", asdict(config))
     for draft in folder.glob(".*"):
-        draft.unlink()
+        if draft.is_file():  # others put folders of theirs there
+            draft.unlink()
 
 
 def _keep(config: RunConfig, folder: Path, model: Model, outcome: Outcome, processes: int) -> None:
@@ -552,16 +548,16 @@ def _work(config: RunConfig, folder: Path, test: bool, threads: int = 0) -> None
 
 
 @cache
-def _pool(runs: Path, executor: str = ""):
+def _pool(runs: Path, n_workers: int, executor: str = ""):
     """The workers for that folder of runs, kept between calls: importing torch takes longer than a small run.
 
     And a queue of the operations that they have done.
     """
     if executor:
-        return Jobs(executor, runs / "jobs", workers()), SimpleQueue()
+        return Jobs(executor, runs / "jobs", n_workers), SimpleQueue()
     context = get_context("spawn")
     queue = context.Queue()
-    return ProcessPoolExecutor(workers(), context, _start_worker, (queue, _threads())), queue
+    return ProcessPoolExecutor(n_workers, context, _start_worker, (queue, _threads())), queue
 
 
 def _threads() -> int:
@@ -580,7 +576,9 @@ def workers() -> int:
         raise ValueError(f"PROJECTABLE_WORKERS={said!r}; allowed: a whole number of 1 or more")
     if said:
         return int(said)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from joblib import cpu_count
+
+    cores = cpu_count()  # that this process may use: in a container, too
     most = torch.cuda.mem_get_info()[0] >> 31 if torch.cuda.is_available() else sys.maxsize
     return max(1, min(cores, most))
 
@@ -611,14 +609,20 @@ def run_many(
     todo = {r.folder: r.config for r in runs if not r.is_done(test) and not (diverging and r.has_diverged)}
     if not todo:
         return runs
-    parents = [c.start for c in todo.values() if c.start is not None and not is_done(c) and not is_done(c.start)]
-    if parents:
-        unique = list({folder_of(c): c for c in parents}.values())
-        run_many(unique, f"{words}: what these start from", executor=executor, diverging=diverging)
+    undone = {folder: c for folder, c in todo.items() if not Run(c, folder).is_done()}
+    parents = {folder_of(c.start): c.start for c in undone.values() if c.start is not None}
+    lost: list[Exception] = []
+    if parents := {folder: c for folder, c in parents.items() if not Run(c, folder).is_done()}:
+        try:
+            run_many(list(parents.values()), f"{words}: what these start from", executor=executor, diverging=diverging)
+        except Exception as error:  # those that start from others are trained first
+            lost, held = [error], {folder for folder, c in parents.items() if not Run(c, folder).is_done()}
+            starts = {folder: folder_of(c.start) for folder, c in undone.items() if c.start is not None}
+            todo = {folder: c for folder, c in todo.items() if starts.get(folder) not in held}
     for data in {c.data for c in todo.values()}:
         data_for(data)
     order = sorted(todo.values(), key=operations, reverse=True)  # long ones first: the cores end together
-    rest = {folder_of(c): 0.0 if is_done(c) else _own_operations(c) for c in order}
+    rest = {folder: _own_operations(c) if folder in undone else 0.0 for folder, c in todo.items()}
     total = sum(rest.values())
     bar = tqdm(total=total / 1e9, unit="GMAC", desc=f"{words}, {len(order)} runs", mininterval=5, bar_format=BAR)
     in_turn = workers() == 1 and not executor and not torch.cuda.is_available()  # no worker to wait for
@@ -627,6 +631,7 @@ def run_many(
         bar.update(bar.total - bar.n)
     if any(isinstance(error, BrokenProcessPool) for error in errors):
         _pool.cache_clear()  # a worker was killed: the next call starts new ones
+    errors = lost + errors
     if errors and not (diverging and all(r.is_done(test) or r.has_diverged for r in runs)):
         raise errors[0]
     return runs
@@ -649,9 +654,14 @@ def _in_turn(order: list[RunConfig], test: bool, bar) -> list[Exception]:
 
 def _side_by_side(order: list[RunConfig], rest: dict[Path, float], test: bool, executor: str, bar) -> list[Any]:
     """Train them by workers, or as jobs; returns the errors."""
-    pool, queue = _pool(runs_dir(), executor)
+    pool, queue = _pool(runs_dir(), workers(), executor)
     threads = _threads() if executor else 0
-    waiting = {pool.submit(_work, c, folder_of(c), test, threads): folder_of(c) for c in order}
+    try:
+        waiting = {pool.submit(_work, c, folder_of(c), test, threads): folder_of(c) for c in order}
+    except BrokenProcessPool:  # a worker was killed since the last call
+        _pool.cache_clear()
+        pool, queue = _pool(runs_dir(), workers(), executor)
+        waiting = {pool.submit(_work, c, folder_of(c), test, threads): folder_of(c) for c in order}
     errors = []
     try:
         while waiting:

@@ -247,7 +247,7 @@ def export(
         "task": data.task_names[task_id],
         "task_id": task_id,
         "member": member,
-        "shape": asdict(shape),
+        "shape": {name: size for name, size in asdict(shape).items() if name != "masked"},
         "codebook": dict(patch=book.patch, height=book.height, width=book.width),
         "transposed": [k for k, w in weights.items() if not w.is_contiguous()],
         "task_axis": [k for k, w in weights.items() if w.dim() > PLAIN_AXES[k]],
@@ -356,9 +356,9 @@ def export_onnx(model: SmallTransformer, path: str | Path) -> Path:
     except ImportError as error:
         raise OnnxError(f"export to ONNX {ONNX_EXTRA} ({error})") from None
 
-    def attention(qkv, d_head, batch):  # (1, B·N, 3·d) → (1, B·N, d)
+    def attention(qkv, d_head, batch, causal):  # (1, B·N, 3·d) → (1, B·N, d)
         q, k, v = qkv.view(batch, -1, 3, qkv.shape[-1] // (3 * d_head), d_head).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return y.transpose(1, 2).reshape(1, -1, qkv.shape[-1] // 3)
 
     path, book = Path(path), model.codebook
@@ -416,12 +416,20 @@ def evaluate(model: SmallTransformer, split: str = "test") -> tuple[int, float, 
 
 
 def write_grid(images: np.ndarray, path: str | Path, at_least: int = 56) -> Path:
-    """Write images (n, H, W, C) in [0, 1] as one PNG, about as many rows as columns, pixels enlarged to be seen."""
+    """Write images (n, H, W, C) in [0, 1] as one PNG, about as many rows as columns, pixels enlarged to be seen.
+
+    Raises ValueError for another suffix, or for what is no such array.
+    """
     from PIL import Image
 
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path} is no PNG file; allowed: a name that ends in .png")
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+        raise ValueError(f"images of shape {images.shape}; allowed: (n, height, width, 1 or 3), n of 1 or more")
+    if not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(f"pixels from {images.min():g} to {images.max():g}; allowed: 0 to 1")
     n, height, width, channels = images.shape
     cols = int(np.ceil(np.sqrt(n)))
     rows = -(-n // cols)

@@ -25,7 +25,7 @@ from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvision
 
 from .storage import end_with_parent
 
-SHARED = ("torch._dynamo", "pandas", "seaborn", "sklearn.cluster", "scipy.stats", "PIL.Image", "ipykernel.kernelapp")
+SHARED = ("pandas", "seaborn", "sklearn.cluster", "scipy.stats", "PIL.Image", "ipykernel.kernelapp")
 INLINE = "module://matplotlib_inline.backend_inline"  # figures become output, as in any kernel
 
 

@@ -267,8 +267,8 @@ def _css() -> str:
     from pygments.formatters import HtmlFormatter
 
     light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
-    # Ours comes last: it decides about backgrounds.
-    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{(TEMPLATES / 'style.css').read_text()}"
+    ours = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{ours}"  # ours decides about backgrounds
 
 
 def last_states(text: str) -> str:
@@ -380,9 +380,13 @@ PAPERS = re.compile(r"headline\.(d\d+|widens\..+)|source\.kept|transfer\.(glyphs
 
 
 def claim_groups(claims: list[dict]) -> list[tuple[str, list[dict]]]:
-    """The paper's claims, then harder tests of ours, each in the order of the notebooks; no group without any."""
+    """The paper's claims, what its abstract and caption say and what we take them to imply; then harder tests of ours.
+
+    Each in the order of the notebooks; no group without any.
+    """
     papers = [claim for claim in claims if PAPERS.fullmatch(claim["id"])]
-    groups = [("The paper's claims", papers), ("Harder tests", [claim for claim in claims if claim not in papers])]
+    others = [claim for claim in claims if claim not in papers]
+    groups = [("The paper's claims, as we read them", papers), ("Harder tests of ours", others)]
     return [(heading, group) for heading, group in groups if group]
 
 

@@ -51,7 +51,10 @@ def base_maps(weights: Weights, tokens: Tensor, shape: Shape, d_model: int, kind
 
     `weights`: those of a source for these tasks, with or without a task axis.
     `pca`: the leading directions of the source's normalised stream, and the heads and neurons that write most to
-    it; `slice`: the first of each; `random`: a random orthonormal P, the first heads and neurons.
+    it; `slice`: the first of each; `random`: a random orthonormal P, the first heads and neurons. A masked source is
+    seen reading from left to right with no token masked: with its own reading nothing is gained (validation images).
+
+    Raises ValueError for another kind, or where the source cannot give that width.
     """
     small = small_shape(shape, d_model)
     d, layers, heads = shape.d_model, shape.n_layers, small.n_heads
@@ -210,7 +213,8 @@ def _times(rows: Tensor, w: Tensor) -> Tensor:
 def _map_pair(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """a G, b G of a, b (T, L, m, k): one G (T, L, k, n) for both, or one each, stacked (T, 2L, k, n)."""
     if g.shape[1] == a.shape[1]:
-        both = torch.cat([a, b], dim=-2) @ g
+        n_tasks = max(len(a), len(b))  # where maps do not depend on the task, one of them may
+        both = torch.cat([w.expand(n_tasks, -1, -1, -1) for w in (a, b)], dim=-2) @ g
         return both.split([a.shape[-2], b.shape[-2]], dim=-2)
     g_a, g_b = g.chunk(2, dim=1)
     return a @ g_a, b @ g_b
@@ -335,7 +339,7 @@ class Adapted(Model):
             raise ValueError(
                 f"a source with {base.source.conditioning!r} conditioning; allowed for new tasks: additive"
             )
-        self.members = tuple(f"d{s}" for s in sizes)
+        self.members, self.n_tasks = tuple(f"d{s}" for s in sizes), n_tasks
         self.base, self.shape = base.requires_grad_(False), base.shape
         self.vectors, self.told = nn.ParameterDict(), nn.ParameterDict()
         for member in self.members:

@@ -87,7 +87,7 @@ def _read_json(path: Path, default):
     if not path.exists():
         return default
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ReportError(f"{path} is damaged ({error}): delete it") from None
     if not isinstance(value, type(default)):
@@ -378,7 +378,7 @@ def build_index(profile: str) -> None:
         notebooks.append(dataclasses.asdict(read_status(path, profile)) | more)
     claims = _read_json(reports / "claims.json", [])
     bench = reports / "results" / "bench.csv"  # of `make bench`
-    speed = list(csv.DictReader(bench.read_text().splitlines())) if bench.exists() else []
+    speed = list(csv.DictReader(bench.read_text(encoding="utf-8").splitlines())) if bench.exists() else []
     other = another_run(claims, reports / "results" / "claims_another_run.csv")
     profiles = []
     if profile == "laptop" and (reports_dir("gpu") / "index.html").exists():
@@ -394,7 +394,7 @@ def another_run(claims: list[dict], path: Path) -> dict:
 
     `both`: how many claims have both; `changed`: pairs of claims whose verdict differs; `commits` of the other run.
     """
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
     numbers = ("value", "ci_low", "ci_high")
     there = {row["id"]: row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows}
     pairs = [(claim, there[claim["id"]]) for claim in claims if claim["id"] in there]
@@ -405,7 +405,7 @@ def another_run(claims: list[dict], path: Path) -> dict:
 def write_readme_claims() -> None:
     """Write the reference run's claims into README.md, between its two `claims` comments, if it has them."""
     path = root() / "README.md"
-    before, mark, rest = (path.read_text() if path.exists() else "").partition("<!-- claims: ")
+    before, mark, rest = (path.read_text(encoding="utf-8") if path.exists() else "").partition("<!-- claims: ")
     head, end, after = rest.partition("<!-- /claims -->")
     claims = _read_json(reports_dir("laptop") / "claims.json", [])
     if not (mark and end and claims):

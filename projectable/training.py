@@ -129,7 +129,7 @@ def split_losses(
     counts = torch.zeros(data.n_tasks, dtype=torch.float64)
     device = next(model.parameters()).device
     per_task = per_task or max(len(t) for t in data.tokens[split])
-    at_once = max(1, 400 // (block * data.n_tasks)) * data.n_tasks if data.n_tasks > 20 else data.n_tasks
+    at_once = max(20, 400 // block)  # tasks
     mine = range(data.n_tasks)[team.share(data.n_tasks)]
     for first in range(0, len(mine), at_once):
         ids = mine[first : first + at_once]
@@ -492,11 +492,13 @@ class Jobs:
         try:
             while not job.done():
                 if self.cancelled.wait(0.5):  # a job that was ended has no result, for which submitit would wait
+                    job.cancel()  # this one may have come too late for `cancel` to know of it
                     raise CancelledError
             return job.result()
         except (FailedJobError, UncompletedJobError) as error:
             parts = re.split(r"\n-{5,}\n", str(error))  # words, the job's trace, where its logs lie
-            raise RuntimeError(f"job {job.job_id}: {parts[min(1, len(parts) - 1)].strip().splitlines()[-1]}") from None
+            trace = [*parts[1:2], ""][0].strip() or parts[0].strip()  # of a job that was lost there is none
+            raise RuntimeError(f"job {job.job_id}: {trace.splitlines()[-1]}") from None
         finally:
             self.jobs.discard(job)
 

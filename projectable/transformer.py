@@ -8,6 +8,9 @@ What is notable:
   normalised stream, diag(γ)W, so whoever makes the weights folds it in. The same holds for FiLM and AdaLN.
 - No biases, unless the maker of the weights adds them (`*_bias`: a folded shift, from FiLM or AdaLN).
 - Position 0 has no token: its position embedding is the start of the sequence. Row i predicts token i.
+- A second family, of `masked` shapes, differs in its reading alone: every row holds its own token and sees them all,
+  half of them replaced by a mask, and only those are predicted. The mask is one more token, V + 1 rows of the
+  embedding; the head's last column, there because a `Shape` has one vocabulary, is left out of the loss.
 - On a CPU the loss never keeps the logits: `task_losses` computes loss and gradient in one pass.
 - Sampling prepares the weights once: task axes filled in, layers unbound, 1/√d_h and the temperature folded in. A step
   touches one position of all sequences of all tasks; keys and values of earlier positions are cached.
@@ -24,10 +27,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 Weights = dict[str, Tensor]
 
 EPS = 1e-6  # of RMSNorm
+MASKED = 0.5  # the share of a sequence's tokens that a masked model has to fill in
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,9 @@ class Shape:
     n_layers: int = 2
     d_head: int = 8
     mlp_ratio: int = 4
-    vocab_size: int = 256
+    vocab_size: int = 256  # of a masked model the mask counts, too: it is the last one
     length: int = 49  # tokens of an image
+    masked: bool = False  # reads in both directions and fills in masked tokens
 
     def __post_init__(self) -> None:
         if self.d_model <= 0 or self.d_model % self.d_head:
@@ -75,6 +81,29 @@ class Shape:
         """Multiply-adds of a forward pass over one sequence, per token (attention included)."""
         n, d, m = self.n_layers, self.d_model, self.d_mlp
         return n * (4 * d * d + 2 * d * m + d * (self.length + 1)) + d * self.vocab_size
+
+
+class Products(TorchFunctionMode):
+    """Counts the multiply-adds of matrix products while it is entered: `multiply_adds`, from the shapes they are given.
+
+    torch's own counter sees the same, but imports torch's compiler, for seconds in every process.
+    """
+
+    multiply_adds = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        y, name = func(*args, **(kwargs or {})), func.__name__
+        if name == "einsum":
+            sizes: dict[str, int] = {}
+            for letters, operand in zip(args[0].partition("->")[0].split(","), args[1:], strict=True):
+                for letter, size in zip(letters.strip(), operand.shape, strict=True):
+                    sizes[letter] = max(size, sizes.get(letter, 1))  # an axis of one may stand for many
+            self.multiply_adds += math.prod(sizes.values())
+        elif name in ("matmul", "mm", "bmm", "linear"):
+            self.multiply_adds += y.numel() * args[0].shape[-1]
+        elif name in ("addmm", "baddbmm"):
+            self.multiply_adds += y.numel() * args[1].shape[-1]
+        return y
 
 
 def initial_weights(shape: Shape, generator: torch.Generator | None = None) -> Weights:
@@ -125,16 +154,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def embed(weights: Weights, tokens: Tensor) -> Tensor:
-    """tokens (T, B, N) → the stream's first state (T, B, N, d): the token before, plus the position."""
+def embed(weights: Weights, tokens: Tensor, causal: bool = True) -> Tensor:
+    """tokens (T, B, N) → the stream's first state (T, B, N, d): the token before (or its own), plus the position."""
     n_tasks, _, length = tokens.shape
     table, positions = weights["embedding"], weights["positions"]
-    index = tokens[:, :, :-1]
+    index = tokens[:, :, :-1] if causal else tokens
     if table.dim() == 3:  # one table a task: (T, V, d) read as (T·V, d)
         offset = torch.arange(n_tasks, device=tokens.device) * table.shape[1]
         index = index + offset[:, None, None]
         table = table.reshape(-1, table.shape[-1])
-    x = F.pad(F.embedding(index, table), (0, 0, 1, 0))  # (T, B, N, d): nothing stands before token 0
+    x = F.embedding(index, table)
+    x = F.pad(x, (0, 0, 1, 0)) if causal else x  # (T, B, N, d): nothing stands before token 0
     positions = positions[..., :length, :]
     return x + (positions if positions.dim() == 2 else positions.unsqueeze(1))
 
@@ -164,20 +194,20 @@ def _powers_of_2(scores: Callable[[], Tensor], causal: bool = False) -> tuple[Te
     return e, e.sum(-1, keepdim=True)
 
 
-class _CausalAttention(torch.autograd.Function):
-    """softmax(q kᵀ/√d_h + mask) v for many small heads, three times as fast as the general kernels on a CPU.
+class _Attention(torch.autograd.Function):
+    """softmax(q kᵀ/√d_h + causal mask) v for many small heads, three times as fast as the general kernels on a CPU.
 
     Small matrices decide how: every product writes rows of length N, never of length d_h; exponentials are
     powers of 2 and normalised after the product with v; of the (N × N) arrays only the exponentials are kept.
     """
 
     @staticmethod
-    def forward(ctx, qkv: Tensor) -> Tensor:  # (G, N, 3, h, d_h) → (G, N, h·d_h)
+    def forward(ctx, qkv: Tensor, causal: bool) -> Tensor:  # (G, N, 3, h, d_h) → (G, N, h·d_h)
         groups, length, _, n_heads, d_head = qkv.shape
         flat = qkv.permute(2, 0, 3, 4, 1).contiguous()  # with one head a view would do, but its products would be slow
         flat = flat.view(3, groups * n_heads, d_head, length)  # q, k, v as (G·h, d_h, N)
         q = flat[0] * (1 / (math.sqrt(d_head) * math.log(2)))  # scores in powers of 2
-        e, total = _powers_of_2(lambda: torch.bmm(q.transpose(1, 2), flat[1]), causal=True)  # (G·h, N, N)
+        e, total = _powers_of_2(lambda: torch.bmm(q.transpose(1, 2), flat[1]), causal)  # (G·h, N, N)
         total = total.transpose(1, 2)  # (G·h, 1, N)
         y = torch.bmm(flat[2], e.transpose(1, 2)).div_(total)  # (G·h, d_h, N)
         ctx.save_for_backward(q, flat, e, total, y)
@@ -185,7 +215,7 @@ class _CausalAttention(torch.autograd.Function):
         return y.view(groups, n_heads * d_head, length).transpose(1, 2).contiguous()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor):
         q, flat, e, total, y = ctx.saved_tensors
         _, rows, d_head, length = flat.shape
         grad = grad.transpose(1, 2).reshape(rows, d_head, length) / total
@@ -196,33 +226,37 @@ class _CausalAttention(torch.autograd.Function):
         torch.bmm(flat[1], ds.transpose(1, 2), out=dflat[0]).mul_(1 / math.sqrt(d_head))
         torch.bmm(q, ds, out=dflat[1]).mul_(math.log(2))
         parts = [part.view(-1, ctx.heads * d_head, length).mT for part in dflat]  # each (G, N, h·d_h)
-        return torch.stack(parts, 2).unflatten(-1, (ctx.heads, d_head))  # twice as fast as one permutation
+        return torch.stack(parts, 2).unflatten(-1, (ctx.heads, d_head)), None  # twice as fast as one permutation
 
 
-def attention(qkv: Tensor, d_head: int, batch: int) -> Tensor:
-    """Causal attention. qkv (T, B·N, 3·d) → (T, B·N, d)."""
+def attention(qkv: Tensor, d_head: int, batch: int, causal: bool = True) -> Tensor:
+    """Attention to what stands before a row and itself, or to all. qkv (T, B·N, 3·d) → (T, B·N, d)."""
     n_tasks, rows, three_d = qkv.shape
     d = three_d // 3
     qkv = qkv.view(n_tasks * batch, rows // batch, 3, d // d_head, d_head)
     if qkv.device.type == "cpu":
-        y = _CausalAttention.apply(qkv)
+        y = _Attention.apply(qkv, causal)
     else:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (T·B, h, N, d_h)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
     return y.reshape(n_tasks, rows, d)
 
 
 def hidden(
-    weights: Weights, tokens: Tensor, d_head: int = 8, watch: Callable[[str, Tensor], None] | None = None
+    weights: Weights,
+    tokens: Tensor,
+    d_head: int = 8,
+    watch: Callable[[str, Tensor], None] | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """The normalised last state of the stream, (T, B·N, d). `watch(name, x)` sees what each weight reads."""
     n_tasks, batch, length = tokens.shape
-    x = embed(weights, tokens).view(n_tasks, batch * length, -1)
+    x = embed(weights, tokens, causal).view(n_tasks, batch * length, -1)
     names = ("qkv", "qkv_bias", "out", "up", "up_bias", "down")
     for layer, (qkv, qkv_bias, out, up, up_bias, down) in enumerate(
         zip(*(_layers(weights, n) for n in names), strict=True)
     ):
-        y = attention(linear(rms_norm(x), qkv, qkv_bias), d_head, batch)
+        y = attention(linear(rms_norm(x), qkv, qkv_bias), d_head, batch, causal)
         z = linear(y, out)
         x = x + z
         a = F.gelu(linear(rms_norm(x), up, up_bias))
@@ -286,6 +320,30 @@ def _losses(h: Tensor, head: Tensor, bias: Tensor | None, tokens: Tensor) -> Ten
     logits = linear(h, head, bias)
     nll = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
     return nll.view(tokens.shape[0], -1).mean(1)
+
+
+def draw_places(n_tasks: int, batch: int, length: int, generator: torch.Generator | None = None) -> Tensor:
+    """Which tokens of (n_tasks, batch, length) are masked: their places (n_tasks, batch, n), n = length · MASKED.
+
+    As many in every sequence, so that shapes stay rectangular, and only these rows pass through the head.
+    """
+    n = max(1, int(length * MASKED))
+    return torch.rand(n_tasks, batch, length, generator=generator).argsort(-1)[..., :n]
+
+
+def masked_losses(weights: Weights, tokens: Tensor, places: Tensor, d_head: int = 8) -> Tensor:
+    """Mean cross-entropy of the tokens (T, B, N) of each task at the masked places (T, B, n), in nats: (T,)."""
+    n_tasks, batch, length = tokens.shape
+    mask = weights["embedding"].shape[-2] - 1
+    h = hidden(weights, tokens.scatter(-1, places, mask), d_head, causal=False)  # (T, B·N, d)
+    rows = places + length * torch.arange(batch, device=places.device).unsqueeze(-1)
+    rows = rows.view(n_tasks, -1, 1).expand(-1, -1, h.shape[-1])
+    h = h.gather(1, rows)  # (T, B·n, d)
+    head, bias = weights["head"][..., :mask], weights.get("head_bias")
+    dtype = torch.promote_types(h.dtype, torch.float32)  # under autocast the loss itself stays in float32
+    with torch.autocast(h.device.type, enabled=False):
+        bias = None if bias is None else bias[..., :mask].to(dtype)
+        return _losses(h.to(dtype), head.to(dtype), bias, tokens.gather(-1, places))
 
 
 # --------------------------------------------------------------------------- sampling with a key–value cache

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from conftest import DIGITS, randomise, tiny, tiny_projectable, tiny_source
+from conftest import DIGITS, randomise, tiny, tiny_projectable
 
 from projectable import arms, experiment
 from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, UNIVERSALS, Scarce, Study, at_size
@@ -367,16 +367,13 @@ def test_a_universal_model_is_told_of_new_tasks_by_their_images(shape, digits):
     assert (few != new.weights("d16", torch.arange(2))["positions"]).any(), "three images say something else than 16"
 
 
-def test_new_tasks_need_a_start(digits):
-    with pytest.raises(ValueError, match="'adapted' needs a start; allowed: the config of a projectable or universal"):
-        experiment.build(
-            tiny(model="adapted", start=tiny_source().with_(model="specialists", sizes=(8,), lr=(1e-2,))), digits
-        )
-
-
-def test_what_images_tell_needs_a_model_that_listens(digits):
-    with pytest.raises(ValueError, match="'told' needs a start; allowed: the config of a support_universal"):
-        experiment.build(tiny(model="told", start=tiny(), lr=(0.0,), steps=1), digits)
+def test_new_tasks_need_a_start_that_can_be_told_of_them(digits):
+    with pytest.raises(ValueError, match="'specialists'; allowed for 'adapted': 'projectable' or 'universal'"):
+        tiny(model="adapted", start=tiny(model="specialists"))
+    with pytest.raises(ValueError, match="'universal'; allowed for 'told': 'support_universal'"):
+        tiny(model="told", start=tiny(), lr=(0.0,), steps=1)
+    with pytest.raises(ValueError, match="Universal with 'none' conditioning; allowed for new tasks: token, additive"):
+        experiment.build(tiny(model="adapted", start=tiny(options=(("conditioning", "none"),), steps=2)), digits)
 
 
 def test_a_few_images_of_new_tasks_choose_their_own_rate(study):

@@ -166,8 +166,8 @@ def test_the_folder_follows_everything_that_decides_the_numbers():
         tiny(steps=41),
         tiny(data=DIGITS.__class__("digits", "clusters4", 32, 2, 20)),
         tiny(options=(("conditioning", "film"),)),
-        tiny(start=tiny()),
-        tiny(start=tiny(seed=1)),
+        tiny(model="specialists", start=tiny()),
+        tiny(model="specialists", start=tiny(seed=1)),
     ]
     assert len({folder_of(config) for config in configs}) == len(configs)
     assert folder_of(tiny()) == folder_of(tiny(steps=40))
@@ -228,7 +228,7 @@ RUNS, PROJECTED, ALL = set(KEYED), {"linear", "by default", *LOW_RANK}, {*KEYED,
         ("self.read_scale = math", "self.read_scale = 2 * math", PROJECTED),
         ("(1 - self.share)", "(2 - self.share)", {"distilled"}),
         ("w = w.unsqueeze(0).repeat", "w = 2 * w.unsqueeze(0).repeat", SPECIALISTS),
-        ("start.weights(start.members[0]", "start.weights(start.members[-1]", SPECIALISTS),
+        ('start.weights(f"d{size}"', 'start.weights(2 * f"d{size}"', SPECIALISTS),
         ("w[name] = scale[:, rows]", "w[name] = 2 * scale[:, rows]", RUNS),
         ("betas=(0.9, 0.95)", "betas=(0.9, 0.99)", RUNS),
         ("return rates | {", "return {} | rates | {", RUNS),
@@ -426,7 +426,7 @@ def side_by_side(tmp_path_factory):
         run_many([GOOD["universal"], BAD, GOOD["projectable"], GOOD["specialists"]], test=True)
     except ValueError as raised:
         error = raised
-    experiment._pool(experiment.runs_dir(), "")[0].shutdown()
+    experiment._pool(experiment.runs_dir(), experiment.workers())[0].shutdown()
     experiment._pool.cache_clear()
     yield {name: Run(config, folder_of(config)) for name, config in GOOD.items()}, error
     patch.undo()
@@ -457,7 +457,7 @@ def test_side_by_side_gives_the_same_numbers_as_alone(side_by_side, session_runs
 def test_what_is_there_is_found_again_in_the_order_asked_for(side_by_side, monkeypatch):
     runs = side_by_side[0]
     monkeypatch.setenv("PROJECTABLE_RUNS", str(runs["universal"].folder.parent))
-    monkeypatch.setattr(experiment, "_pool", lambda runs: pytest.fail("trained again"))
+    monkeypatch.setattr(experiment, "_pool", lambda *about: pytest.fail("trained again"))
     wanted = [GOOD["specialists"], GOOD["universal"], GOOD["specialists"]]
     found = run_many(wanted, test=True)
     assert [r.config for r in found] == wanted and [r.folder for r in found] == [folder_of(c) for c in wanted]
@@ -478,7 +478,7 @@ def test_a_source_cut_to_its_own_width_is_that_source(source, digits, p0):
 
 def test_a_start_of_another_width_is_not_trained_under_this_ones_name(digits, source):
     wide = tiny(sizes=(16,), steps=2)
-    with pytest.raises(ValueError, match="'specialists': d8 would have width 16; allowed: a start of width 8"):
+    with pytest.raises(ValueError, match="'specialists' of width 8; allowed: a width of its start: d16"):
         build(tiny(model="specialists", start=wide, steps=2), digits)
     assert build(tiny(model="specialists", start=wide, sizes=(16,), steps=2), digits).members == ("d16",)
     with pytest.raises(ValueError, match="'tuned' of width 16; allowed: a width of its start: source, d8"):
@@ -567,6 +567,83 @@ def test_after_a_killed_worker_the_next_call_goes_on(other_runs, monkeypatch):
         experiment._pool.cache_clear()
 
 
+def test_a_worker_that_was_killed_between_two_calls_is_replaced(other_runs, monkeypatch):
+    class Gone(Inline):
+        def submit(self, work, *arguments):
+            if self.broken:
+                raise BrokenProcessPool("a worker was killed")
+            return super().submit(work, *arguments)
+
+    monkeypatch.setattr(Inline, "made", 0)
+    monkeypatch.setattr(experiment, "ProcessPoolExecutor", Gone)
+    monkeypatch.setattr(experiment, "_progress", Queue())
+    experiment._pool.cache_clear()
+    try:
+        (finished,) = run_many([tiny(steps=10)])
+        assert is_done(finished.config) and Inline.made == 2
+    finally:
+        experiment._pool.cache_clear()
+
+
+def test_what_does_not_start_from_a_bad_run_is_trained_all_the_same(other_runs, monkeypatch):
+    monkeypatch.setenv("PROJECTABLE_WORKERS", "1")
+    bad = tiny_source(options=(("conditioning", "telepathy"),))
+    with pytest.raises(ValueError, match="unknown conditioning 'telepathy'"):
+        run_many([tiny_projectable(bad, steps=2), tiny(steps=2)])
+    assert is_done(tiny(steps=2)) and not is_done(tiny_projectable(bad, steps=2))
+
+
+def test_a_folder_that_jupyter_left_in_an_unfinished_run_does_not_stop_it(other_runs):
+    (folder_of(tiny(steps=2)) / ".ipynb_checkpoints").mkdir(parents=True)
+    assert run(tiny(steps=2)).is_done()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(clip=0.0), "clip=0.0; allowed: more than 0"),
+        (dict(lr=(float("nan"),)), "lr of d8=nan; allowed: 0 or more"),
+        (dict(eval_every=0), "eval_every=0; allowed: 1 or more"),
+        (dict(val_images=-3), "val_images=-3; allowed: 0 or more"),
+        (dict(sizes=(0,)), "sizes=\\[0\\]; allowed: 1 or more"),
+        (dict(sizes=(8, 16), lr=(1e-2, 1e-2)), "allowed for model 'universal': one size"),
+        (dict(model="projectable"), "model 'projectable' needs 'start'"),
+        (dict(model="adapted", start=tiny(model="masked_universal")), "'masked_universal'; allowed for 'adapted'"),
+        (dict(model="specialists", start=tiny(model="masked_universal")), "none that fills in masked tokens"),
+        (dict(model="specialists", start=tiny(), n_layers=2), "start: n_layers=1; allowed: that of the run itself, 2"),
+    ],
+)
+def test_a_config_made_in_python_is_checked_as_one_of_json_is(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(model="adapted", start=tiny(steps=2), sizes=(16,)),
+            r"sizes=\[16\] would have d8; allowed: the widths that",
+        ),
+        (dict(model="specialists", start=tiny(steps=2), sizes=(16,)), "'specialists' of width 16; allowed: .*: d8"),
+        (dict(model="hard_mixture", options=(("experts", 2),)), "unknown option 'experts' .*; allowed: n_experts"),
+        (dict(model="specialists", options=(("share", 2),)), "unknown option 'share' .*'specialists'; allowed: none"),
+    ],
+)
+def test_models_that_cannot_be_built(digits, changes, message):
+    with pytest.raises(ValueError, match=message):
+        experiment.build(tiny(**changes), digits)
+
+
+def test_the_same_folder_is_the_same_data_from_wherever_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        DataConfig("folder:own")
+        == DataConfig(f"folder:{tmp_path / 'own'}")
+        == DataConfig("folder:../" + f"{tmp_path.name}/own")
+    )
+
+
 def test_a_single_worker_trains_here_and_says_how_far_it_is(other_runs, universal, monkeypatch, capsys):
     monkeypatch.setenv("PROJECTABLE_WORKERS", "1")
     monkeypatch.setattr(experiment, "_pool", lambda *_: pytest.fail("started a worker"))
@@ -587,7 +664,7 @@ def test_a_number_of_workers_that_is_none(monkeypatch):
 
 def test_as_many_workers_as_the_memory_of_a_gpu_holds(monkeypatch):
     monkeypatch.delenv("PROJECTABLE_WORKERS", raising=False)
-    monkeypatch.setattr(experiment.os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("joblib.cpu_count", lambda: 16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for free, found in ((1, 1), (7, 3), (80, 16)):  # GiB
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * 2**30, 80 * 2**30))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny, tiny_projectable
+from conftest import tiny, tiny_projectable, tiny_source
 
 import projectable
 from projectable import OnnxError, experiment
@@ -425,7 +425,8 @@ def test_without_the_extra_it_says_what_to_install(exported, tmp_path, monkeypat
 
 @pytest.mark.parametrize("dataset", ["text", "captioned_digits"])
 def test_models_of_text_are_refused(tmp_path, dataset):
-    run = experiment.Run(tiny_projectable(data=DataConfig(dataset)), tmp_path / "run")
+    start = tiny_source(data=DataConfig(dataset))
+    run = experiment.Run(tiny_projectable(start, data=start.data), tmp_path / "run")
     with pytest.raises(ValueError, match="run models text; allowed: runs on images"):
         export(run, "8", "0", tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -115,10 +115,11 @@ def test_base_maps_are_orthonormal_and_select_whole_heads(big, tokens, kind):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["Linear", "Static"])
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_at_full_size_and_slice_it_is_the_source(big, tokens, conditioning, layout):
+def test_at_full_size_and_slice_it_is_the_source(big, tokens, conditioning, family, layout):
     """The largest small model is the source itself, whatever tells that of its task: nothing is lost but by size."""
-    whole = model(tokens, (BIG,), p0="slice", layout=layout, conditioning=conditioning)
+    whole = model(tokens, (BIG,), p0="slice", layout=layout, conditioning=conditioning, family=family)
     ids = torch.arange(T)
     torch.testing.assert_close(
         forward(whole.weights("d24", ids), tokens), forward(whole.weights("source", ids), tokens)

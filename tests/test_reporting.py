@@ -619,5 +619,5 @@ def test_readme_shows_every_claim_with_failures_as_visible(tmp_path, monkeypatch
     text = readme.read_text()
     found = "width 8: reproduced, −0.200 [−0.300, −0.100]<br>width 16: **not reproduced**, −0.200 [−0.300, −0.100]"
     assert text.count(f"| a model wins<br><sub>gap</sub> | {found} |") == 2
-    assert text.index("The paper's claims") < text.index("Harder tests")
+    assert text.index("The paper's claims, as we read them") < text.index("Harder tests of ours")
     assert "old" not in text and text.startswith("# a\n") and text.endswith("<!-- /claims -->\n\nend\n")

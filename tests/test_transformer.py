@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from projectable.transformer import (
     Shape,
-    _CausalAttention,
+    _Attention,
     _HeadLoss,
     forward,
     hidden,
@@ -38,15 +38,16 @@ def task_weights(shape, n_tasks=3):
     return weights
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 @pytest.mark.parametrize("scale", [1.0, 1000.0], ids=["usual scores", "scores ×1000"])
-def test_attention_against_torch(scale):
+def test_attention_against_torch(scale, causal):
     torch.manual_seed(0)
     qkv = torch.randn(3, 7, 3, 2, 4, dtype=torch.float64)  # (G, N, 3, h, d_h)
     qkv[:, :, 0] *= scale
     mine, theirs = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
     q, k, v = theirs.permute(2, 0, 3, 1, 4)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(3, 7, 8)
-    y = _CausalAttention.apply(mine)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(3, 7, 8)
+    y = _Attention.apply(mine, causal)
     grad = torch.randn_like(y)
     y.backward(grad)
     expected.backward(grad)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import os
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from ..storage import locked
 
 FASHION_FILES = {  # SHA-256 of the unzipped files: the archives differ from place to place, their contents do not
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -131,17 +134,25 @@ def fetch_fashion_mnist() -> Path:
 
     Returns the folder of the four .gz files (`load_fashion_mnist` checks them). Raises DataError with what was tried.
     """
-    tried = []
+    busy = data_dir() / ".fetching"
+    if not busy.exists():
+        with contextlib.suppress(DataError):
+            return _find_fashion()
     if not any((folder / f"{name}.gz").exists() for folder in _fashion_folders() for name in FASHION_FILES):
         print(f"Fashion-MNIST is not there yet: it is fetched into {data_dir()}", file=sys.stderr)
+    tried = []
     for way in (None, _download_with_torchvision, _download_with_apt):
         try:
-            if way is not None:
-                way(data_dir())
-            return _find_fashion()
+            with locked(busy):  # one process at a time: torchvision writes files under their own names
+                if way is not None:  # at first another process may have been at it
+                    way(data_dir())
+                found = _find_fashion()
+            busy.unlink(missing_ok=True)
+            return found
         except Exception as error:  # whatever a downloader raises: the next way is tried, and all are reported
             name = way.__name__.removeprefix("_download_with_") if way else "on disk"
             tried.append(f"{name}: {str(error).removesuffix(HELP).strip()[:200]}")
+    busy.unlink(missing_ok=True)
     raise DataError(f"Fashion-MNIST could not be fetched. {' | '.join(tried)} | {HELP}")
 
 
