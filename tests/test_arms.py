@@ -55,6 +55,29 @@ def test_a_sweep_goes_on_until_the_best_is_inside(study):
     assert study.rates("universal_film")[8] == 0.32
 
 
+def test_an_arm_that_is_not_there_is_named(study):
+    for ask in (study.sweep, study.seeds):
+        with pytest.raises(ValueError, match="unknown arm 'projectd'; allowed: source, source_control, .*, universal$"):
+            ask("source_control", "projectd")
+    with pytest.raises(
+        ValueError, match="unknown arm 'static'; allowed: source, source_control, projected, universal_a"
+    ):
+        Study(PROFILE, masked=True).sweep("static")
+    with pytest.raises(ValueError, match="unknown arm 'projected'; allowed: projected_vector"):
+        Scarce(study, "heldout20", 5, 20).sweep("projected")
+    with pytest.raises(ValueError, match="no arm was swept yet"):
+        study.trials()
+
+
+def test_an_arm_may_be_given_more_options(study):
+    given = Study(PROFILE, options={"told_Features": dict(encoder=("resnet50", "a.pth"))})
+    mine, usual = (of.config("told_Features", {8: 1e-2}, 0, (1e-2, 1e-2)) for of in (given, study))
+    assert dict(mine.options) == dict(usual.options) | dict(encoder=("resnet50", "a.pth"))
+    assert given.config("projected", {8: 1e-2}, 0, (1e-2, 1e-2)) == study.config(
+        "projected", {8: 1e-2}, 0, (1e-2, 1e-2)
+    )
+
+
 def test_sweeps_of_several_studies_share_their_rounds(study, monkeypatch):
     study.loss = lambda config, member: bowl(config.lr[0], {2: 0.08, 3: 0.32}[config.n_layers])
     deeper, rounds, run_many = Study(replace(PROFILE, n_layers=3)), [], arms.run_many

@@ -199,6 +199,11 @@ class TestSupportSet:
         between = (distance.sum() - distance.diagonal().sum()) / (T * T - T)
         assert between > 1.2 * within
 
+    def test_a_task_may_have_fewer_images(self, told):
+        few = SupportSet(T, K, told["support"][:, :10], V).eval()
+        assert few.n_train == (1, 4) and few.n_eval == 10
+        assert torch.equal(few(torch.arange(T)), few.encode(told["support"][:, :10]))
+
     @pytest.mark.parametrize(
         "options, message",
         [

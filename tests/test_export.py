@@ -343,6 +343,14 @@ def test_a_picture_of_images(tmp_path):
     assert pixels[0, 0] == 0 and pixels[9 * 7, 7 * 7] == 255
     with pytest.raises(ValueError, match=r"grid.jpg is no PNG file; allowed: a name that ends in .png"):
         write_grid(images, tmp_path / "grid.jpg")
+    for wrong, message in (
+        (images[:0], r"images of shape \(0, "),
+        (images[0], "images of shape"),
+        (images * 255, "pixels from .*; allowed: 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_grid(wrong, tmp_path / "wrong.png")
+    assert not (tmp_path / "wrong.png").exists()
 
 
 def test_the_package_has_no_other_names():

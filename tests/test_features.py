@@ -6,9 +6,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_projectable
 from sklearn.datasets import load_sample_image
 from torchvision.models import resnet18
 
+from projectable import experiment
 from projectable.features import FeaturesError, image_features, networks, read_weights
 
 
@@ -163,6 +165,23 @@ class TestEfficientNet:
         distance = torch.cdist(features, features)
         same = torch.block_diag(*[torch.ones(8, 8)] * 3).bool()
         assert distance[~same].mean() > 1.1 * distance[same & ~torch.eye(24).bool()].mean()
+
+
+def test_maps_are_told_what_a_resnet_of_the_users_sees(resnet, digits):
+    _, path = resnet
+    options = dict(conditioning="Features", encoder=("resnet18", str(path)))
+    model = experiment.build(tiny_projectable(options=options), digits)
+    seen = digits.codebook.decode(digits.first("train", 50)[2].numpy())
+    expected = image_features(seen, "resnet18", path, size=96).mean(0)
+    torch.testing.assert_close(model.conditioning["d8"].table[2], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(FeaturesError, match="resnet18-0.pth cannot be read"):
+        experiment.build(tiny_projectable(options=options | dict(encoder=("resnet18", "resnet18-0.pth"))), digits)
+
+
+def test_text_has_no_image_features(digits, monkeypatch):
+    monkeypatch.setattr(type(digits.codebook), "decode", lambda book, tokens: ["text"] * len(tokens))
+    with pytest.raises(ValueError, match="image features of digits/classes, which is no images"):
+        experiment.build(tiny_projectable(options=dict(conditioning="Features")), digits)
 
 
 def test_without_the_packages(images, monkeypatch):

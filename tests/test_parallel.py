@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import CancelledError
 from dataclasses import asdict
 
 import pytest
@@ -173,6 +174,47 @@ def test_slurm_gets_what_the_user_says(other_runs, monkeypatch):
     script = executor._make_submission_file_text("python x.py", "1")
     for line in ("--partition=night", "--time=90", "--mem=8GB", "--cpus-per-task=1", "--job-name=projectable"):
         assert f"#SBATCH {line}" in script, script
+
+
+class Job:
+    """In place of one of submitit's, and of what hands it in, after a while."""
+
+    job_id, cancelled = "7", False
+
+    def __init__(self, seconds=0.0, error=None):
+        self.seconds, self.error = seconds, error
+
+    def submit(self, function, *arguments):
+        time.sleep(self.seconds)
+        return self
+
+    def done(self):
+        return self.error is not None
+
+    def result(self):
+        raise self.error
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def test_a_job_that_was_being_handed_in_at_ctrl_c_is_cancelled_too(other_runs):
+    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+    jobs = Jobs("local", other_runs, 1)
+    jobs.executor = Job(0.5)
+    future = jobs.submit(print)
+    time.sleep(0.2)
+    jobs.cancel()
+    assert isinstance(future.exception(timeout=10), CancelledError) and jobs.executor.cancelled
+
+
+def test_a_job_that_was_lost_says_what_is_known(other_runs):
+    submitit = pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+    jobs = Jobs("local", other_runs, 1)
+    words = "Job 7 has not produced any output (state: NODE_FAIL)\n-----\n"
+    jobs.executor = Job(error=submitit.core.utils.UncompletedJobError(words))
+    with pytest.raises(RuntimeError, match=r"^job 7: Job 7 has not produced any output \(state: NODE_FAIL\)"):
+        jobs.submit(print).result(timeout=10)
 
 
 # ---------------------------------------------------------------------------------------------------------- signals

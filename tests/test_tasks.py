@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import shutil
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from projectable import tasks
 from projectable.config import get_profile
+from projectable.storage import locked
 from projectable.tasks import Codebook, Images, TaskData, from_patches, images, make_tasks, split_images, to_patches
 from projectable.tasks.images import DataError, load_digits, load_fashion_mnist, load_images
 
@@ -329,6 +331,21 @@ def test_a_missing_file_is_fetched_where_that_works(fake):
     (fake.here / "t10k-labels-idx1-ubyte.gz").unlink()
     fake.offer("torchvision", True)
     assert len(load_fashion_mnist().test[1]) == 10
+
+
+def test_what_another_process_is_fetching_is_waited_for(fake):
+    """Files under their own names that are not whole yet: the other one holds the lock beside them."""
+    fake.put(fake.data)
+    whole = (fake.here / "t10k-labels-idx1-ubyte.gz").read_bytes()
+    (fake.here / "t10k-labels-idx1-ubyte.gz").write_bytes(whole[:20])
+    with ThreadPoolExecutor(1) as pool:
+        with locked(fake.data / ".fetching"):
+            waiting = pool.submit(load_fashion_mnist)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+            (fake.here / "t10k-labels-idx1-ubyte.gz").write_bytes(whole)
+        assert len(waiting.result(timeout=30).test[1]) == 10
+    assert fake.calls == [] and not (fake.data / ".fetching").exists()
 
 
 DAMAGE = {
