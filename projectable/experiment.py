@@ -270,7 +270,9 @@ def _tell_vectors(data: TaskData, network: str = "", weights: str = "", sha256: 
     images = data.codebook.decode(tokens.flatten(0, 1).numpy())
     if not isinstance(images, np.ndarray):
         raise ValueError(f"image features of {data.name}, which is no images; allowed: other conditionings")
-    features = image_features(images, network or DEFAULT, weights or None, sha256 or None, size=96, folder=runs_dir())
+    features = image_features(
+        images, network or DEFAULT, weights=weights or None, sha256=sha256 or None, size=96, folder=runs_dir()
+    )
     return features.view(data.n_tasks, tokens.shape[1], -1).mean(1)
 
 

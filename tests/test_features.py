@@ -10,7 +10,7 @@ from conftest import tiny_projectable
 from sklearn.datasets import load_sample_image
 from torchvision.models import resnet18
 
-from projectable import experiment
+from projectable import experiment, tasks
 from projectable.features import FeaturesError, image_features, networks, read_weights
 
 
@@ -169,13 +169,13 @@ class TestEfficientNet:
 
 def test_maps_are_told_what_a_resnet_of_the_users_sees(resnet, digits):
     _, path = resnet
-    options = dict(conditioning="Features", encoder=("resnet18", str(path)))
-    model = experiment.build(tiny_projectable(options=options), digits)
-    seen = digits.codebook.decode(digits.first("train", 50)[2].numpy())
+    options, few = dict(conditioning="Features", encoder=("resnet18", str(path))), tasks.few(digits, 5)
+    model = experiment.build(tiny_projectable(options=options), few)
+    seen = few.codebook.decode(few.first("train", 50)[2].numpy())
     expected = image_features(seen, "resnet18", path, size=96).mean(0)
     torch.testing.assert_close(model.conditioning["d8"].table[2], expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(FeaturesError, match="resnet18-0.pth cannot be read"):
-        experiment.build(tiny_projectable(options=options | dict(encoder=("resnet18", "resnet18-0.pth"))), digits)
+        experiment.build(tiny_projectable(options=options | dict(encoder=("resnet18", "resnet18-0.pth"))), few)
 
 
 def test_text_has_no_image_features(digits, monkeypatch):

@@ -242,7 +242,7 @@ def test_only_training_images_shape_a_model(digits, source, monkeypatch):
         tiny(model="cut", start=tiny_source(), options=(("p0", "pca"),)),
     ):  # fmt: skip
         experiment.build(config, digits)
-    monkeypatch.setattr("projectable.features.image_features", lambda images, **_: torch.zeros(len(images), 3))
+    monkeypatch.setattr("projectable.features.image_features", lambda images, *_, **__: torch.zeros(len(images), 3))
     experiment.TELL["vectors"](digits)
     assert len(seen) > 6 and set(seen) == {"train"}
 
