@@ -68,7 +68,8 @@ class Universal(Model):
     token: c(t) is added to the start of the sequence only; additive: to every position; film: the normalised
     stream is scaled and shifted before every read; adaln: AdaLN-Zero, scale, shift and a gate on every write, from
     an embedding of the task. All task terms start at zero, AdaLN-Zero's gates too; with `zero_writes` so do the weights
-    that write to the stream (on validation images a gain for the wide source; for rivals see notebook 03).
+    that write to the stream (on validation images a gain for the wide source; for rivals see notebook 03). Raises
+    ValueError for another conditioning, or for AdaLN-Zero with `zero_writes`.
     """
 
     def __init__(

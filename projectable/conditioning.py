@@ -96,7 +96,8 @@ class ShuffledID(LearnedID):
 class Features(Conditioning):
     """Fixed vectors (n_tasks, F), e.g. mean image features of a task's training images, and a learned linear map.
 
-    The vectors are centred and scaled (one number for all F) by those of the tasks `fitted_on`, by default all.
+    The vectors are centred and scaled (one number for all F) by those of the tasks `fitted_on`, by default all. Raises
+    ValueError where they are not one of finite numbers a task.
     """
 
     needs = ("vectors",)

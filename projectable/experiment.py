@@ -191,7 +191,10 @@ def build(config: RunConfig, data: TaskData) -> Model:
 
 
 def untrained(config: RunConfig, data: TaskData, start: Model | None) -> Model:
-    """The model of a config from that of its start; its random numbers come from the config's seed."""
+    """The model of a config from that of its start; its random numbers come from the config's seed.
+
+    Raises ValueError for an unknown model, and where it cannot be made.
+    """
     if config.model not in MODELS:
         raise ValueError(f"unknown model {config.model!r}; allowed: {', '.join(MODELS)}")
     torch.manual_seed(config.seed)  # after the start was built, which draws from its own seed

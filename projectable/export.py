@@ -83,7 +83,7 @@ class SmallTransformer(nn.Module):
         return self.config["task"]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, N, V) of tokens (B, N), int64; row i sees tokens before i only."""
+        """Logits (B, N, V) of tokens (B, N), int64; row i sees tokens before i only. ValueError for other shapes."""
         if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.shape.length:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)}; allowed: (images, 1 to {self.shape.length})")
         return forward(dict(self.weights.items()), tokens.unsqueeze(0), self.shape.d_head).squeeze(0)
@@ -98,7 +98,10 @@ class SmallTransformer(nn.Module):
         return torch.cat([self.losses(part).double() for part in tokens.split(block)]).mean().item()
 
     def sample(self, n: int, temperature: float = 1.0, seed: int | None = None) -> np.ndarray:
-        """n new images (n, H, W, C) in [0, 1]; the same seed gives the same images (None: torch's own state)."""
+        """n new images (n, H, W, C) in [0, 1]; the same seed gives the same images (None: torch's own state).
+
+        Raises ValueError for n below 1 or a temperature that is none.
+        """
         device = self.weights["embedding"].device
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         weights = dict(self.weights.items())

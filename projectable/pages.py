@@ -27,7 +27,7 @@ class ReportError(Exception):
 
 
 def read_notebook(path: Path):
-    """The notebook as nbformat's object."""
+    """The notebook as nbformat's object. Raises ReportError where the file is none."""
     import nbformat
 
     try:

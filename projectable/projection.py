@@ -98,7 +98,8 @@ class Projection(nn.Module):
     Generators: `stream` for every P, `heads` and `neurons` for every G, `depth` for α where the small model has fewer
     layers, `modulation` for its own gains and shifts. In the `shared` layout one P serves all, one G each q and k, v
     and out, up and down; in `per_matrix` each matrix has its own. All maps are of `family`, which takes the `options`;
-    those of the neurons of another one, where `neurons` names it: they are the largest.
+    those of the neurons of another one, where `neurons` names it: they are the largest. Raises ValueError for a layout,
+    family or option that is unknown.
     """
 
     def __init__(
@@ -227,7 +228,9 @@ class Projectable(Model):
     maps; further options are those of `Projection` and of the family.
     `source_mode` says what becomes of the source: `trained` (keeps its own objective), `frozen`, or the controls
     `random_trained` and `random_frozen` (inner weights redrawn at matched scale; embeddings, positions and head
-    kept; no objective of its own). `use_task_embedding=False` hides the source's c(t) from the small models.
+    kept; no objective of its own). `use_task_embedding=False` hides the source's c(t) from the small models. Raises
+    ValueError for a mode, start of the maps, layout, family, conditioning or option that is unknown, or a size above
+    the source's.
     """
 
     def __init__(
@@ -326,7 +329,8 @@ class Adapted(Model):
 
     The source is frozen. `tune` says what learns: `vector`, the new tasks' vectors and what the source is told of them
     (its additive embedding c); `maps`, the generators as well, for all new tasks together. Vectors start where the base
-    puts them: at what its encoder makes of `support` (T, n, N), else at the mean of the tasks that it knows.
+    puts them: at what its encoder makes of `support` (T, n, N), else at the mean of the tasks that it knows. Raises
+    ValueError for another `tune`, a size that the base lacks, or a source that is told of tasks in another way.
     """
 
     def __init__(self, base: Projectable, n_tasks: int, sizes: tuple[int, ...], support: Tensor, tune: str = "vector"):

@@ -41,7 +41,7 @@ PROFILES = ("smoke", "laptop", "gpu")
 
 
 def check_profile(profile: str) -> str:
-    """The profile itself, or an error that names the allowed ones."""
+    """The profile itself; raises ReportError naming the allowed ones."""
     if profile not in PROFILES:
         raise ReportError(f"unknown profile {profile!r}; allowed: {', '.join(PROFILES)}")
     return profile
@@ -145,7 +145,10 @@ class Report:
         commit: str | None = None,
         device: str | None = None,
     ) -> None:
-        """Record what was found about a claim; `commit` and `device`: what trained, if not the present ones."""
+        """Record what was found about a claim; `commit` and `device`: what trained, if not the present ones.
+
+        Raises ValueError for an unknown verdict.
+        """
         if verdict not in pages.VERDICTS:
             raise ValueError(f"unknown verdict {verdict!r} for claim {id!r}; allowed: {', '.join(pages.VERDICTS)}")
         statistic = f"{statistic}; {self.note}" if self.note else statistic
@@ -431,7 +434,7 @@ def _marked(verdict: str) -> str:
 
 @contextlib.contextmanager
 def lock(profile: str):
-    """One writer at a time for the reports of a profile; a second one gets an error that says so."""
+    """One writer at a time for the reports of a profile; a second one gets a ReportError that says so."""
     import fcntl
 
     path = build_dir(profile) / "lock"
@@ -455,7 +458,10 @@ def lock(profile: str):
 
 
 def select_notebooks(only: list[str] | tuple[str, ...] | None) -> list[Path]:
-    """The notebooks named by number (`03`), stem or file name; all of them without names."""
+    """The notebooks named by number (`03`), stem or file name; all of them without names.
+
+    Raises ReportError naming the allowed ones.
+    """
     paths = notebook_paths()
     if not paths:
         raise ReportError(f"no numbered notebooks in {root() / 'notebooks'}")

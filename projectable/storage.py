@@ -92,7 +92,10 @@ def _touch(path: Path) -> None:
 
 @contextlib.contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
-    """A file to write to beside `path`; it takes the place of `path` at the end, or goes where writing fails."""
+    """A file to write to beside `path`; it takes the place of `path` at the end, or goes where writing fails.
+
+    Raises WriteError where the folder cannot be written to or is full.
+    """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # two machines may share the id of a process
     try:
         _touch(draft)
@@ -110,7 +113,7 @@ def draft_of(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file so that a reader sees the old content or the new, never a part. Raises WriteError."""
     with draft_of(path) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -127,7 +130,7 @@ def _digest(tensors: dict[str, Tensor], about: str) -> str:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
-    """Write tensors and a JSON-able description as one checksummed safetensors file, atomically."""
+    """Write tensors and a JSON-able description as one checksummed safetensors file, atomically. Raises WriteError."""
     from safetensors.torch import save_file
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}

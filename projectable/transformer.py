@@ -37,7 +37,7 @@ MASKED = 0.5  # the share of a sequence's tokens that a masked model has to fill
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Transformer. `d_model` must be a multiple of `d_head`: a small model has fewer heads."""
+    """Sizes of a Transformer. ValueError where `d_model` is no multiple of `d_head`: small ones have fewer heads."""
 
     d_model: int
     n_layers: int = 2

@@ -55,7 +55,10 @@ class Codebook:
 
     @classmethod
     def fit(cls, images: np.ndarray, patch: int, size: int, seed: int = 0, max_patches: int = 50_000) -> Codebook:
-        """k-means on patches of `images` (n, H, W, C): training images only. Codes are sorted by brightness."""
+        """k-means on patches of `images` (n, H, W, C): training images only. Codes are sorted by brightness.
+
+        Raises ValueError where `patch` does not divide the images, or there are fewer patches than codes.
+        """
         from sklearn.cluster import KMeans
 
         patches = to_patches(images, patch).reshape(-1, patch * patch * images.shape[-1])

@@ -531,7 +531,7 @@ LOADERS_OF_PATHS: dict[str, Callable[[Path, int], Images]] = {"folder": load_fol
 def load_images(dataset: str, patch: int = 4) -> Images:
     """The image set of that name, or of the folder in `folder:PATH` (its images fit patches of `patch` pixels).
 
-    Raises ValueError naming the allowed ones.
+    Raises ValueError naming the allowed ones, DataError where its images are missing or are none.
     """
     kind, _, path = dataset.partition(":")
     if path and kind in LOADERS_OF_PATHS:
