@@ -6,6 +6,7 @@ PROFILE ?= laptop
 PIP_INSTALL_ARGS ?=
 
 BIN := .venv/bin
+QUIET := $(shell test -t 2 || echo --quiet)  # on a terminal pip shows how far it is
 # Kernels and settings of other Jupyter installations stay out: the venv's own `python3` kernel is used.
 unexport JUPYTER_PATH
 unexport JUPYTER_CONFIG_PATH
@@ -58,9 +59,10 @@ clean: ## remove build/ and caches; keeps reports/, runs/ and .venv
 # The stamp is written last, so an interrupted install is taken up again.
 .venv/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(PIP_INSTALL_ARGS) -e '.[test]'
+	@echo "installing into .venv: up to 7 GB, most of it torch (see README.md for a smaller one)"
+	$(BIN)/python -m pip install $(QUIET) $(PIP_INSTALL_ARGS) -e '.[test]'
 	@touch $@
 
 .venv/.bench-ready .venv/.dev-ready: .venv/.%-ready: .venv/.ready
-	$(BIN)/python -m pip install --quiet $(PIP_INSTALL_ARGS) -e '.[test,$*]'
+	$(BIN)/python -m pip install $(QUIET) $(PIP_INSTALL_ARGS) -e '.[test,$*]'
 	@touch $@

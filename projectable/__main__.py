@@ -41,16 +41,21 @@ executor_option = click.option(
 @cli.command()
 @profile_option
 @click.option("--only", multiple=True, metavar="NAME", help="A notebook's number or name; may be repeated.")
+@click.option("-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter of the notebooks.")
 @executor_option
-def reproduce(profile: str, only: tuple[str, ...], executor: str | None) -> None:
+def reproduce(
+    profile: str, only: tuple[str, ...], parameters: tuple[tuple[str, str], ...], executor: str | None
+) -> None:
     """Run the notebooks and write reports/index.html.
+
+    Example: projectable reproduce --only 15 -p folder /data/pets -p d_s 8
 
     With an executor notebooks are jobs, and so is what they train. Ctrl-C ends it at once, with code 130.
     """
     if executor:
         os.environ["PROJECTABLE_EXECUTOR"] = executor  # the notebooks' kernels inherit it
     try:
-        failed = reporting.reproduce(profile, only, executor or "")
+        failed = reporting.reproduce(profile, only, executor or "", dict(parameters))
     except KeyboardInterrupt:
         click.echo("\nstopped: the same command goes on from what has been trained", err=True)
         sys.exit(130)

@@ -81,6 +81,14 @@ def check_parameters(path: Path, parameters: dict) -> None:
         raise ReportError(f"{path.name}: unknown parameter {', '.join(unknown)}; allowed: {', '.join(assigned)}")
 
 
+def literal(words: str):
+    """A parameter's value as a command line gives it: a number, a list, True …; else the words themselves."""
+    try:
+        return ast.literal_eval(words)
+    except (ValueError, SyntaxError):
+        return words
+
+
 def check_stored(path: Path) -> None:
     """An error for a notebook that is not fit to be stored.
 
@@ -379,6 +387,28 @@ def notebook_html(
 PAPERS = re.compile(r"headline\.(d\d+|widens\..+)|source\.kept|transfer\.(glyphs|classes)\..+|generators\.sizes\..+")
 
 
+FIGURES = {  # what shows a claim, by how its id begins; others: the first figure of their notebook
+    r"headline\.d\d": "headline",
+    r"headline\.widens": "gap",
+    r"headline": "gaps",
+    r"explained\.(source|task)": "control_gaps",
+    r"transfer\.(source\.)?glyphs": "transfer_gaps_glyphs",
+    r"transfer\.(source\.)?classes": "transfer_gaps_classes",
+    r"transfer\.growth": "growth",
+    r"(transfer|scarce)\..*glyphs": "transfer_glyphs",
+    r"(transfer|scarce)\..*classes": "transfer_classes",
+    r"direct\.(start|tuned)": "direct_training",
+    r"generators\.sizes": "factors",
+    r"stability\.(agreement|source)": "agreement",
+    r"stability\.smooth": "between_tasks",
+    r"source\.depth": "source_depth",
+    r"source\.masked": "source_masked",
+    r"source\.mixture": "source_mixture",
+    r"multimodal\.caption": "captions",
+    r"multimodal": "captions_loss",
+}
+
+
 def claim_groups(claims: list[dict]) -> list[tuple[str, list[dict]]]:
     """The paper's claims, what its abstract and caption say and what we take them to imply; then harder tests of ours.
 
@@ -425,8 +455,8 @@ def counted(claims: Sequence[dict]) -> str:
 def claims_html(
     groups: Sequence[tuple[str, Sequence[dict]]], thumbs: dict[str, str | None] | None = None, brief: bool = False
 ) -> str:
-    """Claims by group as a table, a row for those alike but for width and images; with `thumbs`, by notebook, as the
-    index has it; `brief`: the first group's verdicts and values only.
+    """Claims by group as a table, a row for those alike but for width and images; with `thumbs`, by claim, as the index
+    has it; `brief`: the first group's verdicts and values only.
     """
     return _template("found.html.j2").render(groups=groups, thumbs=thumbs, brief=brief, marks=VERDICTS)
 
@@ -457,11 +487,12 @@ def index_html(
     `other`: the claims beside those of another run (`reporting.another_run`); `profiles`: words and address of the
     index of other profiles.
     """
-    thumbs = {
-        status["notebook"]: data_uri(figures / f"{status['figure']}.png", 288)
-        for status in notebooks
-        if status["figure"]
-    }
+    first = {status["notebook"]: status["figure"] for status in notebooks}
+    thumbs = {}
+    for claim in claims:
+        fits = [name for start, name in FIGURES.items() if re.match(start, claim["id"])]
+        shown = [figures / f"{name}.png" for name in [*fits[:1], first.get(claim["notebook"], "")]]
+        thumbs[claim["id"]] = next((data_uri(path, 288) for path in shown if path.exists()), None)
     groups = claim_groups(claims)
     refuted = [claim for claim in claims if claim["verdict"] == "not reproduced"]
     return _template("claims.html.j2").render(

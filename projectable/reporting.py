@@ -474,22 +474,32 @@ def select_notebooks(only: list[str] | tuple[str, ...] | None) -> list[Path]:
     return [path for path in paths if path in chosen] if only else paths
 
 
-def reproduce(profile: str, only: list[str] | tuple[str, ...] | None = None, executor: str = "") -> int:
+def reproduce(
+    profile: str,
+    only: list[str] | tuple[str, ...] | None = None,
+    executor: str = "",
+    parameters: dict[str, str] | None = None,
+) -> int:
     """Run the notebooks in order, or as jobs (`executor`: local, slurm); returns how many failed, after naming them.
 
-    Those of the `smoke` profile, which train next to nothing, go side by side.
+    Those of the `smoke` profile, which train next to nothing, go side by side. `parameters` are those of all notebooks
+    that are run, their values as a command line gives them. Raises ReportError for what is unknown.
     """
     check_profile(profile)
     paths = select_notebooks(only)
+    given = {name: pages.literal(value) for name, value in (parameters or {}).items()}
+    if "profile" in given:
+        raise ReportError(f"profile={given['profile']!r} among the parameters; allowed: as --profile")
     for path in paths:
-        check_parameters(path, {"profile": profile})
+        check_parameters(path, {"profile": profile} | given)
     usual = [_usual(path, profile) for path in paths]
     failed: list[str] = []
     done: list[Status] = []
     start = time.monotonic()
     with lock(profile):
         beside = bool(executor) or profile == "smoke" and len(paths) > 1
-        for status in _side_by_side(paths, profile, executor) if beside else _one_by_one(paths, profile):
+        runs = _side_by_side(paths, profile, executor, given) if beside else _one_by_one(paths, profile, given)
+        for status in runs:
             done.append(status)
             rest = "" if beside else _rest(usual, done)
             print(
@@ -530,16 +540,16 @@ def _rest(usual: list[float | None], done: list[Status]) -> str:
     return f", about {pages.duration(sum(mean if found or not s else pace * s for s in left))} left"
 
 
-def _one_by_one(paths: list[Path], profile: str) -> Iterator[Status]:
+def _one_by_one(paths: list[Path], profile: str, parameters: dict) -> Iterator[Status]:
     from . import kernels
 
     for place, path in enumerate(paths, 1):
         print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)
         kernels.share()  # before anything else, which may start threads
-        yield run_notebook(path, profile, among=[p.stem for p in paths])
+        yield run_notebook(path, profile, parameters, [p.stem for p in paths])
 
 
-def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[Status]:
+def _side_by_side(paths: list[Path], profile: str, executor: str, parameters: dict) -> Iterator[Status]:
     """As many at once as there are cores, or as the cluster lets run; as they end."""
     from . import kernels
 
@@ -558,7 +568,7 @@ def _side_by_side(paths: list[Path], profile: str, executor: str) -> Iterator[St
         pool = ProcessPoolExecutor(workers(), context, _beside_others)
     try:
         names = [path.stem for path in paths]
-        futures = {pool.submit(run_notebook, path, profile, None, names): path for path in paths}
+        futures = {pool.submit(run_notebook, path, profile, parameters, names): path for path in paths}
         for place, future in enumerate(as_completed(futures), 1):
             path = futures[future]
             print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)

@@ -1,6 +1,8 @@
 """Notebooks become pages that open offline; failures, mistakes and claims end where a reader sees them."""
 
+import base64
 import dataclasses
+import io
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from projectable import __main__, pages, reporting
 from projectable.reporting import Report, ReportError, Status
@@ -93,7 +96,7 @@ def ran(tmp_path_factory):
     write_notebook(folder, "02_last", KERNEL, 'print("still here")', text="# Last one")
     ours = dict(PROJECTABLE_ROOT=str(folder), PROJECTABLE_RUNS=str(folder / "runs"))
     ours["PYTHONPATH"] = str(Path(reporting.__file__).parents[1])
-    command = [sys.executable, "-m", "projectable", "reproduce", "--profile", "smoke"]
+    command = [sys.executable, "-m", "projectable", "reproduce", "--profile", "smoke", "-p", "seeds", "7"]
     result = subprocess.run(command, env=os.environ | ours, capture_output=True, text=True)
     return folder / "reports" / "smoke", result
 
@@ -219,6 +222,7 @@ def test_results_are_data(ran):
     (claim,) = json.loads((reports / "claims.json").read_text())
     assert claim["notebook"] == "00_good" and claim["profile"] == "smoke" and claim["commit"] == "abc1234"
     assert claim["device"] == "cuda: far away", "of what trained, not of what renders"
+    assert claim["seeds"] == 7, "a number, as the command line said"
 
 
 def test_index_lists_claims_and_notebooks(ran):
@@ -303,6 +307,10 @@ def test_unknown_names_are_errors_that_list_the_allowed(project):
     path = write_notebook(project, "00_a")
     with pytest.raises(ReportError, match="unknown parameter sedes; allowed: profile, seeds"):
         reporting.run_notebook(path, "laptop", {"sedes": 3})
+    with pytest.raises(ReportError, match="unknown parameter sedes; allowed: profile, seeds"):
+        reporting.reproduce("laptop", parameters={"sedes": "3"})
+    with pytest.raises(ReportError, match="profile='gpu' among the parameters; allowed: as --profile"):
+        reporting.reproduce("laptop", parameters={"profile": "gpu"})
     with pytest.raises(ReportError, match="unknown profile 'laptpo'; allowed: smoke, laptop, gpu"):
         reporting.reproduce("laptpo")
     with pytest.raises(ReportError, match="unknown notebook '7'; allowed: 00_a"):
@@ -315,6 +323,33 @@ def test_command_line_tells_a_mistake_in_one_line(project, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["projectable", "reproduce", "--profile", "huge"])
     with pytest.raises(SystemExit, match="^error: unknown profile 'huge'; allowed: smoke, laptop, gpu$"):
         __main__.main()
+
+
+def test_parameters_on_the_command_line_are_python_where_they_can_be():
+    found = [pages.literal(words) for words in ("3", "0.5", "(1, 2)", "True", "'3'", "/data/pets", "a b", "")]
+    assert found == [3, 0.5, (1, 2), True, "3", "/data/pets", "a b", ""]
+
+
+def test_a_claim_is_shown_by_its_own_figure(tmp_path):
+    """In the index; the first figure of its notebook where it has none."""
+    colours = dict(headline="red", gaps="blue", first="green")
+    for name, colour in colours.items():
+        Image.new("RGB", (9, 9), colour).save(tmp_path / f"{name}.png")
+    common = dict(
+        claim="c", statistic="s", value=0.2, ci_low=0.1, ci_high=0.3, seeds=5, commit="a", verdict="reproduced"
+    )
+    ids = ("headline.d8", "headline.distilled.d8", "headline.clusters.d8", "cost.generation.d8", "other")
+    claims = [common | dict(id=id, claim=id, notebook="n" if id != "other" else "m") for id in ids]
+    status = dict(
+        notebook="n", title="", status="ok", figure="first", seconds=1.0, budget=None, page=True, trained=None
+    )
+    status |= dict(profile="laptop", device="", commit="", finished="", error="")
+    other = reporting.another_run(claims, tmp_path / "none")
+    html = pages.index_html("laptop", claims, [status], tmp_path, [], other)
+    table = html[html.index('<table class="rows claims">') :]
+    shown = [base64.b64decode(found) for found in re.findall(r'class="thumb">.*?base64,([^"]+)', table)]
+    pixels = [Image.open(io.BytesIO(found)).convert("RGB").getpixel((4, 4)) for found in shown]
+    assert pixels == [(255, 0, 0), (0, 0, 255), (0, 128, 0)], "not twice where the row before has it"
 
 
 @pytest.mark.parametrize("count", [0, 2])
