@@ -31,7 +31,7 @@ def test_the_ten_lines_of_python_work_on_somebodys_images(other_runs, monkeypatc
 def test_the_generator_that_it_shows_is_one(monkeypatch):
     from projectable import generators
 
-    (code,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    code, _ = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
     monkeypatch.setattr(generators, "FAMILIES", dict(generators.FAMILIES))
     exec(compile(code, "README.md", "exec"), dict(vars(generators)) | {"family": generators.family})
     base, z = torch.randn(2, 6, 3), torch.randn(4, 5)
@@ -40,6 +40,17 @@ def test_the_generator_that_it_shows_is_one(monkeypatch):
     torch.nn.init.normal_(made.shifts)
     moved = made(z) - base
     assert moved.std(0).min() > 0 and torch.allclose(moved, moved[..., :1].expand_as(moved), atol=1e-6)
+
+
+def test_the_conditioning_that_it_shows_is_one(monkeypatch):
+    from projectable import conditioning
+
+    _, code = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    monkeypatch.setattr(conditioning, "CONDITIONINGS", dict(conditioning.CONDITIONINGS))
+    exec(compile(code, "README.md", "exec"), dict(vars(conditioning)))
+    made = conditioning.make_conditioning("Pairs", 5, 3)
+    z = made(torch.arange(5))
+    assert z.shape == (5, 3) and torch.equal(z[0], z[1]) and torch.equal(z[2], z[3]) and len(z.unique(dim=0)) == 3
 
 
 def test_every_make_target_that_it_names_exists():
