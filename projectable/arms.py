@@ -365,6 +365,8 @@ class Study(Compared):
     ):
         super().__init__(profile)
         self.maps, self.options, self.data = maps, options or {}, replace(profile.data, tasks=tasks)
+        for name in self.options.keys() - (MASKED if masked else EVERY).keys():
+            raise ValueError(f"options for an unknown arm {name!r}; allowed: those of its arms")
         self.sizes = sizes or profile.sizes
         self.arms, self.family = (MASKED, "masked_") if masked else (EVERY, "")
         self._best: dict[int, str] = {}
@@ -435,7 +437,7 @@ class Study(Compared):
     # ------------------------------------------------------------------------------------- sweeps and seeds
 
     def names(self) -> Collection[str]:
-        return [*self.arms, "universal"]
+        return self.arms
 
     def sizes_of(self, name: str) -> tuple[int, ...]:
         if self.arms[name].model == "source":
@@ -511,7 +513,7 @@ def seeds_together(wanted: Sequence[tuple[Compared, Iterable[str]]], max_seeds: 
 def _tested(wanted: Sequence[tuple[Compared, Iterable[str]]], max_seeds: int | None, words: str) -> list[Run]:
     """The runs of these studies' arms over seeds. Where one diverges all are chosen anew, its rate left out."""
     wanted = [(study, tuple(names)) for study, names in wanted]
-    _check_names(wanted)
+    _check_names(wanted, "universal")
     while True:
         asked = [(study, *found[1:]) for study, names in wanted for found in study._of_seeds(names, max_seeds)]
         runs = run_many([config for *_, config in asked], words, test=True, diverging=True)
@@ -703,11 +705,12 @@ def _found(losses: dict[int, float], most: int, whose: str) -> tuple[int, bool, 
     return best, edge, further
 
 
-def _check_names(wanted: Sequence[tuple[Compared, Iterable[str]]]) -> None:
+def _check_names(wanted: Sequence[tuple[Compared, Iterable[str]]], *more: str) -> None:
     for study, names in wanted:
+        allowed = [*study.names(), *(more if isinstance(study, Study) else ())]
         for name in names:
-            if name not in study.names():
-                raise ValueError(f"unknown arm {name!r}; allowed: {', '.join(study.names())}")
+            if name not in allowed:
+                raise ValueError(f"unknown arm {name!r}; allowed: {', '.join(allowed)}")
 
 
 def _words(names: tuple[str, ...]) -> str:

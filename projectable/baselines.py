@@ -275,7 +275,9 @@ class _Taught(Model):
 class Distilled(_Taught, Universal):
     """A universal model that also learns from a source, the `teacher`."""
 
-    def __init__(self, shape: Shape, n_tasks: int, conditioning: str, teacher: Universal, share: float = 0.5):
+    def __init__(
+        self, shape: Shape, n_tasks: int, teacher: Universal, conditioning: str = "additive", share: float = 0.5
+    ):
         super().__init__(shape, n_tasks, conditioning)
         self._learn_from(teacher, share)
 

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from .storage import read_json
+from .tasks.images import FOLDER, LOADERS_OF_PATHS
 from .tasks.text import LETTERS
 from .transformer import Shape
 
@@ -58,7 +59,7 @@ STARTS = {  # whose start is of one kind, and of the same data and source
 }
 OF_OTHER_DATA = {  # whose start may be of other data
     "told": ("support_universal",),
-    "adapted": ("projectable", "universal", "source"),
+    "adapted": ("projectable", "universal", "source", "distilled", "adapted"),
 }
 
 
@@ -80,7 +81,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         kind, _, path = self.dataset.partition(":")
-        if path:  # the same images, wherever one asks from
+        if path and kind in LOADERS_OF_PATHS:  # the same images, wherever one asks from
             object.__setattr__(self, "dataset", f"{kind}:{os.path.abspath(os.path.expanduser(path))}")
         _at_least(self, 0, "val_per_class")
 
@@ -121,7 +122,7 @@ class RunConfig:
             raise ValueError(f"unknown precision {self.precision!r}; allowed: {', '.join(PRECISIONS)}")
         _at_least(self, 1, *AT_LEAST_1)
         _at_least(self, 0, *AT_LEAST_0)
-        if not 0 < self.clip < math.inf:
+        if not self.clip > 0:
             raise ValueError(f"clip={self.clip}; allowed: more than 0")
         rates = {f"lr of {member}": lr for member, lr in self.rates().items() if member != "source"}
         for name, value in (rates | dict(source_lr=self.source_lr, weight_decay=self.weight_decay)).items():
@@ -148,10 +149,8 @@ class RunConfig:
         if start.model not in allowed:
             kinds = " or ".join(map(repr, allowed))
             raise ValueError(f"start: model {start.model!r}; allowed for {self.model!r}: {kinds}")
-        if start.model.startswith("masked_") and not self.model.startswith("masked_"):
-            raise ValueError(
-                f"start: model {start.model!r}; allowed for {self.model!r}: none that fills in masked tokens"
-            )
+        if start.model.startswith("masked_") != self.model.startswith("masked_"):
+            raise ValueError(f"start: model {start.model!r}; allowed for {self.model!r}: one that reads as it does")
         same = ("data", "d_source", "n_layers") if self.model in STARTS else ("n_layers",)
         for name in same:
             its, own = getattr(start, name), getattr(self, name)
@@ -175,7 +174,13 @@ class RunConfig:
 
     @cached_property
     def _key(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        said = asdict(self)
+        part: dict | None = said
+        while part is not None:  # where images lie is no part of it: what they are is in the name of a run's folder
+            if part["data"]["dataset"].startswith(FOLDER):
+                part["data"]["dataset"] = FOLDER
+            part = part["start"]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
     def with_(self, **changes) -> RunConfig:
         """A copy with changes."""

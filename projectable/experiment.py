@@ -166,27 +166,23 @@ def build(config: RunConfig, data: TaskData) -> Model:
     Raises ValueError naming what is allowed: for an unknown model or option, or a start that would give other models
     than the config says.
     """
-    start = run(config.start).model() if config.start is not None else None
     if config.model in MODELS:
-        takes = inspect.signature(MODELS[config.model]).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-            for option in dict(config.options).keys() - set(takes):
-                allowed = ", ".join([*takes][3:]) or "none"
-                raise ValueError(f"unknown option {option!r} of the model {config.model!r}; allowed: {allowed}")
-    model = untrained(config, data, start)
+        takes = list(inspect.signature(MODELS[config.model]).parameters.values())[3:]  # beside config, data and start
+        known = [p.name for p in takes if p.kind is not p.VAR_KEYWORD]
+        for option in dict(config.options).keys() - set(known if len(known) == len(takes) else dict(config.options)):
+            allowed = ", ".join(known) or "none"
+            raise ValueError(f"unknown option {option!r} of the model {config.model!r}; allowed: {allowed}")
+    model = untrained(config, data, run(config.start).model() if config.start is not None else None)
     members = set(model.members) - {"source"}
     if members != {f"d{size}" for size in config.sizes}:
         words = f"{config.model!r} with sizes={list(config.sizes)} would have {', '.join(sorted(members)) or 'none'}"
         raise ValueError(f"{words}; allowed: the widths that its start has")
     for member in model.members:
-        small = member != "source"
-        shape = dict(config.options).get("n_layers", config.n_layers) if small else config.n_layers
-        shape = (shape, int(member[1:]) if small else config.d_source)
+        width = config.d_source if member == "source" else int(member[1:])
         with torch.no_grad():
-            found = tuple(model.weights(member, torch.arange(1))["qkv"].shape[-3:-1])
-        if found != shape:
-            words = f"{member} would have {found[0]} layers of width {found[1]}"
-            raise ValueError(f"{config.model!r}: {words}; allowed: a start with {shape[0]} of width {shape[1]}")
+            found = model.weights(member, torch.arange(1))["qkv"].shape[-2]
+        if found != width:
+            raise ValueError(f"{config.model!r}: {member} would have width {found}; allowed: a start of width {width}")
     return model
 
 
@@ -228,11 +224,14 @@ def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Mode
     (size,) = config.sizes
     weights = None
     if start is not None:
-        if f"d{size}" not in start.members:
-            allowed = ", ".join(start.members)
-            raise ValueError(f"{config.model!r} of width {size}; allowed: a width of its start: {allowed}")
+        member = f"d{size}"
+        if member not in start.members:
+            if start.members != ("source",) or start.shape.d_model != size:
+                allowed = ", ".join(start.members)
+                raise ValueError(f"{config.model!r} of width {size}; allowed: a width of its start: {allowed}")
+            member = "source"
         with torch.no_grad():
-            weights = start.weights(f"d{size}", torch.arange(data.n_tasks))
+            weights = start.weights(member, torch.arange(data.n_tasks))
     return Specialists(config.shape(data.codebook.length, size), data.n_tasks, weights)
 
 
@@ -309,7 +308,6 @@ MODELS: dict[str, Callable[..., Model]] = {
 TAUGHT = {"distilled": "universal", "distilled_specialists": "specialists"}  # what they are, once trained
 
 
-@cache
 def operations(config: RunConfig) -> float:
     """Multiply-adds of a run's training, its start and the generation of a projectable's models included.
 
@@ -330,7 +328,7 @@ def operations(config: RunConfig) -> float:
     per_step = per_token * n_tasks * config.images_per_task * length
     if model == "projectable":
         options["conditioning"] = "LearnedID"  # what makes the task vectors costs next to nothing in a step
-        start = cast(RunConfig, config.start).with_(model="source", source_lr=0.0, seed=0)
+        start = cast(RunConfig, config.start).with_(model="source", source_lr=0.0, seed=0, start=None)
         own = config.with_(model=model, lr=(0.0,) * len(config.sizes), source_lr=0.0, steps=1, seed=0, start=start)
         own = own.with_(options=tuple(options.items()))
         per_step += 3.0 * _generation(own, n_tasks)
@@ -553,16 +551,16 @@ def _work(config: RunConfig, folder: Path, test: bool, threads: int = 0) -> None
 
 
 @cache
-def _pool(runs: Path, n_workers: int, executor: str = ""):
+def _pool(runs: Path, executor: str, said: str):
     """The workers for that folder of runs, kept between calls: importing torch takes longer than a small run.
 
-    And a queue of the operations that they have done.
+    And a queue of the operations that they have done. `said` is PROJECTABLE_WORKERS: with another one there are others.
     """
     if executor:
-        return Jobs(executor, runs / "jobs", n_workers), SimpleQueue()
+        return Jobs(executor, runs / "jobs", workers()), SimpleQueue()
     context = get_context("spawn")
     queue = context.Queue()
-    return ProcessPoolExecutor(n_workers, context, _start_worker, (queue, _threads())), queue
+    return ProcessPoolExecutor(workers(), context, _start_worker, (queue, _threads())), queue
 
 
 def _threads() -> int:
@@ -623,10 +621,11 @@ def run_many(
         except Exception as error:  # those that start from others are trained first
             lost, held = [error], {folder for folder, c in parents.items() if not Run(c, folder).is_done()}
             starts = {folder: folder_of(c.start) for folder, c in undone.items() if c.start is not None}
-            todo = {folder: c for folder, c in todo.items() if starts.get(folder) not in held}
+            todo = {folder: c for folder, c in todo.items() if held.isdisjoint((folder, starts.get(folder)))}
     for data in {c.data for c in todo.values()}:
         data_for(data)
-    order = sorted(todo.values(), key=operations, reverse=True)  # long ones first: the cores end together
+    of = {folder: operations(c) for folder, c in todo.items()}
+    order = [todo[folder] for folder in sorted(of, key=lambda f: of[f], reverse=True)]  # so that the cores end together
     rest = {folder: _own_operations(c) if folder in undone else 0.0 for folder, c in todo.items()}
     total = sum(rest.values())
     bar = tqdm(total=total / 1e9, unit="GMAC", desc=f"{words}, {len(order)} runs", mininterval=5, bar_format=BAR)
@@ -659,13 +658,14 @@ def _in_turn(order: list[RunConfig], test: bool, bar) -> list[Exception]:
 
 def _side_by_side(order: list[RunConfig], rest: dict[Path, float], test: bool, executor: str, bar) -> list[Any]:
     """Train them by workers, or as jobs; returns the errors."""
-    pool, queue = _pool(runs_dir(), workers(), executor)
+    which = runs_dir(), executor, os.environ.get("PROJECTABLE_WORKERS", "")
+    pool, queue = _pool(*which)
     threads = _threads() if executor else 0
     try:
         waiting = {pool.submit(_work, c, folder_of(c), test, threads): folder_of(c) for c in order}
     except BrokenProcessPool:  # a worker was killed since the last call
         _pool.cache_clear()
-        pool, queue = _pool(runs_dir(), workers(), executor)
+        pool, queue = _pool(*which)
         waiting = {pool.submit(_work, c, folder_of(c), test, threads): folder_of(c) for c in order}
     errors = []
     try:

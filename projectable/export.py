@@ -318,7 +318,7 @@ def facts(config: dict) -> dict[str, str]:
         **losses,
         "made from": f"{config['member']} of run {run['name']} ({run['model']}, seed {run['seed']})",
         "commit": f"trained at {run['commit']}, written at {config['commit']}",
-        "data": f"{data['dataset']}, tasks: {data['tasks']}; licence: {config['licence'] or 'not stated'}",
+        "data": f"{Path(data['dataset']).name}, tasks: {data['tasks']}; licence: {config['licence'] or 'not stated'}",
     }
 
 

@@ -86,24 +86,37 @@ class Shape:
 class Products(TorchFunctionMode):
     """Counts the multiply-adds of matrix products while it is entered: `multiply_adds`, from the shapes they are given.
 
-    torch's own counter sees the same, but imports torch's compiler, for seconds in every process.
+    Of `@`, mm, bmm, addmm, baddbmm, linear, and einsum of two; of those torch's own counter sees the same, but imports
+    torch's compiler for it, for seconds in every process.
     """
 
     multiply_adds = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        y, name = func(*args, **(kwargs or {})), func.__name__
-        if name == "einsum":
-            sizes: dict[str, int] = {}
-            for letters, operand in zip(args[0].partition("->")[0].split(","), args[1:], strict=True):
-                for letter, size in zip(letters.strip(), operand.shape, strict=True):
-                    sizes[letter] = max(size, sizes.get(letter, 1))  # an axis of one may stand for many
-            self.multiply_adds += math.prod(sizes.values())
+        kwargs = kwargs or {}
+        y, name = func(*args, **kwargs), func.__name__
+        operands = [*args, *kwargs.values()]
+        if name == "einsum" and isinstance(operands[0], str):
+            self.multiply_adds += _einsum_size(*operands)
         elif name in ("matmul", "mm", "bmm", "linear"):
-            self.multiply_adds += y.numel() * args[0].shape[-1]
+            self.multiply_adds += y.numel() * kwargs.get("input", operands[0]).shape[-1]
         elif name in ("addmm", "baddbmm"):
-            self.multiply_adds += y.numel() * args[1].shape[-1]
+            first = kwargs.get("mat1", kwargs.get("batch1", operands[1]))
+            self.multiply_adds += y.numel() * first.shape[-1]
         return y
+
+
+def _einsum_size(equation: str, *operands) -> int:
+    """The product of the sizes of all axes that the equation names, those of `...` among them."""
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    sizes: dict[str | int, int] = {}
+    for letters, operand in zip(equation.replace(" ", "").partition("->")[0].split(","), operands, strict=True):
+        before, dots, after = letters.partition("...")
+        unnamed = range(len(before) + len(after) - operand.dim(), 0) if dots else ()  # the last of them is -1
+        for axis, size in zip([*before, *unnamed, *after], operand.shape, strict=True):
+            sizes[axis] = max(size, sizes.get(axis, 1))  # an axis of one may stand for many
+    return math.prod(sizes.values())
 
 
 def initial_weights(shape: Shape, generator: torch.Generator | None = None) -> Weights:

@@ -56,9 +56,14 @@ def test_a_sweep_goes_on_until_the_best_is_inside(study):
 
 
 def test_an_arm_that_is_not_there_is_named(study):
-    for ask in (study.sweep, study.seeds):
-        with pytest.raises(ValueError, match="unknown arm 'projectd'; allowed: source, source_control, .*, universal$"):
-            ask("source_control", "projectd")
+    with pytest.raises(ValueError, match="unknown arm 'projectd'; allowed: source, source_control, .*, hard_mixture$"):
+        study.sweep("source_control", "projectd")
+    with pytest.raises(ValueError, match="unknown arm 'projectd'; allowed: source, .*, universal$"):
+        study.seeds("universal", "projectd")
+    with pytest.raises(ValueError, match="unknown arm 'universal'"):  # which of them, its sweep is to say
+        study.sweep("universal")
+    with pytest.raises(ValueError, match="options for an unknown arm 'told_Feature'"):
+        Study(PROFILE, options={"told_Feature": {}})
     with pytest.raises(
         ValueError, match="unknown arm 'static'; allowed: source, source_control, projected, universal_a"
     ):

@@ -177,7 +177,7 @@ def pupil(shape, request):
     teacher = randomise(Universal(shape, T, "additive", member="source"))
     if request.param == "specialists":
         return DistilledSpecialists(shape, T, teacher)
-    return Distilled(shape, T, "film", teacher)
+    return Distilled(shape, T, teacher, "film")
 
 
 def test_distillation_is_half_the_data_half_the_teacher(pupil, tokens):
@@ -205,7 +205,7 @@ def test_a_pupil_as_able_as_its_teacher_nears_it(shape, tokens):
     """With the data's share at zero, distillation ends at the teacher's own answers."""
     torch.manual_seed(0)
     teacher = Universal(shape, T, "none", member="source")
-    pupil = Distilled(shape, T, "none", teacher, share=1.0)
+    pupil = Distilled(shape, T, teacher, "none", share=1.0)
     optimizer = make_optimizer(pupil, {"d16": 1e-2}, 0.0)
     gaps = []
     for _ in range(30):

@@ -18,6 +18,7 @@ from projectable import arms, experiment, generators, storage, transformer
 from projectable.config import DataConfig
 from projectable.experiment import Run, build, data_for, folder_of, is_done, operations, run, run_many, runs_dir
 from projectable.storage import DamagedFile, root
+from projectable.tasks import images
 from projectable.training import DivergedError, split_losses
 
 
@@ -228,7 +229,7 @@ RUNS, PROJECTED, ALL = set(KEYED), {"linear", "by default", *LOW_RANK}, {*KEYED,
         ("self.read_scale = math", "self.read_scale = 2 * math", PROJECTED),
         ("(1 - self.share)", "(2 - self.share)", {"distilled"}),
         ("w = w.unsqueeze(0).repeat", "w = 2 * w.unsqueeze(0).repeat", SPECIALISTS),
-        ('start.weights(f"d{size}"', 'start.weights(2 * f"d{size}"', SPECIALISTS),
+        ("start.weights(member", "start.weights(2 * member", SPECIALISTS),
         ("w[name] = scale[:, rows]", "w[name] = 2 * scale[:, rows]", RUNS),
         ("betas=(0.9, 0.95)", "betas=(0.9, 0.99)", RUNS),
         ("return rates | {", "return {} | rates | {", RUNS),
@@ -426,7 +427,7 @@ def side_by_side(tmp_path_factory):
         run_many([GOOD["universal"], BAD, GOOD["projectable"], GOOD["specialists"]], test=True)
     except ValueError as raised:
         error = raised
-    experiment._pool(experiment.runs_dir(), experiment.workers())[0].shutdown()
+    experiment._pool(experiment.runs_dir(), "", "")[0].shutdown()
     experiment._pool.cache_clear()
     yield {name: Run(config, folder_of(config)) for name, config in GOOD.items()}, error
     patch.undo()
@@ -601,7 +602,7 @@ def test_a_folder_that_jupyter_left_in_an_unfinished_run_does_not_stop_it(other_
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(clip=0.0), "clip=0.0; allowed: more than 0"),
+        (dict(clip=float("nan")), "clip=nan; allowed: more than 0"),
         (dict(lr=(float("nan"),)), "lr of d8=nan; allowed: 0 or more"),
         (dict(eval_every=0), "eval_every=0; allowed: 1 or more"),
         (dict(val_images=-3), "val_images=-3; allowed: 0 or more"),
@@ -609,7 +610,10 @@ def test_a_folder_that_jupyter_left_in_an_unfinished_run_does_not_stop_it(other_
         (dict(sizes=(8, 16), lr=(1e-2, 1e-2)), "allowed for model 'universal': one size"),
         (dict(model="projectable"), "model 'projectable' needs 'start'"),
         (dict(model="adapted", start=tiny(model="masked_universal")), "'masked_universal'; allowed for 'adapted'"),
-        (dict(model="specialists", start=tiny(model="masked_universal")), "none that fills in masked tokens"),
+        (
+            dict(model="specialists", start=tiny(model="masked_universal")),
+            "allowed for 'specialists': one that reads as it does",
+        ),
         (dict(model="specialists", start=tiny(), n_layers=2), "start: n_layers=1; allowed: that of the run itself, 2"),
     ],
 )
@@ -637,11 +641,47 @@ def test_models_that_cannot_be_built(digits, changes, message):
 
 def test_the_same_folder_is_the_same_data_from_wherever_it_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert (
-        DataConfig("folder:own")
-        == DataConfig(f"folder:{tmp_path / 'own'}")
-        == DataConfig("folder:../" + f"{tmp_path.name}/own")
-    )
+    own = DataConfig("folder:own")
+    assert own == DataConfig(f"folder:{tmp_path / 'own'}") == DataConfig(f"folder:../{tmp_path.name}/own")
+    one, other = (tiny(data=DataConfig(f"folder:{tmp_path / name}")) for name in ("here", "there"))
+    assert one.key() == other.key(), "what its images are decides, not where they lie"
+    assert tiny(data=DataConfig("digits")).key() != tiny(data=DataConfig("fashion")).key()
+    monkeypatch.setitem(images.LOADERS, "hub:digits", images.LOADERS["digits"])
+    assert DataConfig("hub:digits").dataset == "hub:digits", "a name, not a path"
+
+
+def test_wrong_options_are_named_before_anything_is_trained(digits, monkeypatch):
+    monkeypatch.setattr(experiment, "run", lambda config: pytest.fail("trained its start"))
+    with pytest.raises(ValueError, match="unknown option 'tun' of the model 'adapted'; allowed: tune"):
+        experiment.build(tiny(model="adapted", start=tiny(seed=9), options=(("tun", "maps"),)), digits)
+
+
+def test_starts_that_give_what_the_config_says(digits):
+    shallow = tiny_projectable(tiny_source(n_layers=2, steps=2), n_layers=2, steps=2, options={"n_layers": 1})
+    for model in ("adapted", "tuned"):
+        built = experiment.build(tiny(model=model, start=shallow, n_layers=2), digits)
+        assert built.weights("d8", torch.arange(2))["qkv"].shape[-3] == 1
+    distilled = tiny(model="distilled", start=tiny_source(steps=2), steps=2)
+    again = tiny(model="adapted", start=tiny(model="adapted", start=distilled, steps=2), steps=2)
+    assert experiment.build(again, digits).members == ("d8",)
+    whole = tiny(model="specialists", start=tiny_source(steps=2), sizes=(16,), steps=2)
+    assert experiment.build(whole, digits).members == ("d16",)
+
+
+def test_a_start_that_fails_is_tried_once(other_runs, monkeypatch):
+    monkeypatch.setenv("PROJECTABLE_WORKERS", "1")
+    tried, train = [], experiment._train
+
+    def fail(config, *about):
+        tried.append(config.model)
+        if config.model == "source":
+            raise OSError("no room")
+        train(config, *about)
+
+    monkeypatch.setattr(experiment, "_train", fail)
+    with pytest.raises(OSError, match="no room"):
+        run_many([tiny_source(), tiny_projectable(), tiny(steps=2)])
+    assert tried == ["source", "universal"]
 
 
 def test_a_single_worker_trains_here_and_says_how_far_it_is(other_runs, universal, monkeypatch, capsys):

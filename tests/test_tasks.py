@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from projectable import tasks
+from projectable import storage, tasks
 from projectable.config import get_profile
-from projectable.storage import locked
+from projectable.storage import WriteError, locked
 from projectable.tasks import Codebook, Images, TaskData, from_patches, images, make_tasks, split_images, to_patches
 from projectable.tasks.images import DataError, load_digits, load_fashion_mnist, load_images
 
@@ -339,13 +339,24 @@ def test_what_another_process_is_fetching_is_waited_for(fake):
     whole = (fake.here / "t10k-labels-idx1-ubyte.gz").read_bytes()
     (fake.here / "t10k-labels-idx1-ubyte.gz").write_bytes(whole[:20])
     with ThreadPoolExecutor(1) as pool:
-        with locked(fake.data / ".fetching"):
+        with locked(fake.data / ".lock"):
             waiting = pool.submit(load_fashion_mnist)
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.3)
             (fake.here / "t10k-labels-idx1-ubyte.gz").write_bytes(whole)
         assert len(waiting.result(timeout=30).test[1]) == 10
-    assert fake.calls == [] and not (fake.data / ".fetching").exists()
+    assert fake.calls == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_read_whatever_a_killed_download_left(fake, monkeypatch):
+    fake.put(fake.data)
+    (fake.data / ".lock").touch()
+
+    def refuse(path):
+        raise WriteError(f"{path} can't be written to")
+
+    monkeypatch.setattr(storage, "_touch", refuse)
+    assert len(load_fashion_mnist().test[1]) == 10 and fake.calls == []
 
 
 DAMAGE = {

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from projectable.transformer import (
+    Products,
     Shape,
     _Attention,
     _HeadLoss,
@@ -156,3 +157,30 @@ def test_counts_are_those_of_the_weights(shape):
 def test_a_width_that_is_no_multiple_of_the_head(width):
     with pytest.raises(ValueError, match=rf"d_model={width} is no multiple of d_head=8; allowed: 8, 16"):
         Shape(width)
+
+
+def test_products_are_counted_by_their_shapes():
+    a, b = torch.zeros(5, 2, 3), torch.zeros(5, 3, 4)
+    flat = dict(input=torch.zeros(4), mat1=torch.zeros(2, 3), mat2=torch.zeros(3, 4))
+    products = {
+        5 * 24: [
+            lambda: a @ b,
+            lambda: torch.matmul(other=b, input=a),
+            lambda: torch.einsum("tij,tjk->tik", a, b),
+            lambda: torch.einsum("... i j, ... j k -> ... i k", [a, b]),
+            lambda: torch.baddbmm(torch.zeros(5, 2, 4), a, b),
+        ],
+        24: [
+            lambda: torch.addmm(**flat),
+            lambda: a[0].mm(b[0]),
+            lambda: F.linear(a[0], b[0].T),
+            lambda: torch.einsum("...ij,jk->...ik", a[:1], b[0]),
+        ],
+        5 * 3 * 4: [lambda: torch.einsum("...k,...kn->...n", a[0, 0], b)],  # one vector for many matrices
+        0: [lambda: a * 2 + a.sum()],
+    }
+    for expected, makers in products.items():
+        for make in makers:
+            with Products() as counter:
+                make()
+            assert counter.multiply_adds == expected

@@ -134,25 +134,24 @@ def fetch_fashion_mnist() -> Path:
 
     Returns the folder of the four .gz files (`load_fashion_mnist` checks them). Raises DataError with what was tried.
     """
-    busy = data_dir() / ".fetching"
-    if not busy.exists():
+    lock = data_dir() / ".lock"  # one process at a time: torchvision writes files under their own names
+    if not lock.exists():  # nobody has fetched, or is at it
         with contextlib.suppress(DataError):
             return _find_fashion()
     if not any((folder / f"{name}.gz").exists() for folder in _fashion_folders() for name in FASHION_FILES):
         print(f"Fashion-MNIST is not there yet: it is fetched into {data_dir()}", file=sys.stderr)
     tried = []
-    for way in (None, _download_with_torchvision, _download_with_apt):
-        try:
-            with locked(busy):  # one process at a time: torchvision writes files under their own names
-                if way is not None:  # at first another process may have been at it
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # a folder that can't be written to is not fetched into either
+            held.enter_context(locked(lock))
+        for way in (None, _download_with_torchvision, _download_with_apt):
+            try:
+                if way is not None:
                     way(data_dir())
-                found = _find_fashion()
-            busy.unlink(missing_ok=True)
-            return found
-        except Exception as error:  # whatever a downloader raises: the next way is tried, and all are reported
-            name = way.__name__.removeprefix("_download_with_") if way else "on disk"
-            tried.append(f"{name}: {str(error).removesuffix(HELP).strip()[:200]}")
-    busy.unlink(missing_ok=True)
+                return _find_fashion()
+            except Exception as error:  # whatever a downloader raises: the next way is tried, and all are reported
+                name = way.__name__.removeprefix("_download_with_") if way else "on disk"
+                tried.append(f"{name}: {str(error).removesuffix(HELP).strip()[:200]}")
     raise DataError(f"Fashion-MNIST could not be fetched. {' | '.join(tried)} | {HELP}")
 
 
