@@ -13,7 +13,7 @@ import pytest
 from test_browser import look
 
 from projectable import pages, reporting
-from projectable.arms import ARMS
+from projectable.arms import ARMS, UNIVERSALS
 from projectable.config import get_profile
 
 pytestmark = [pytest.mark.slow, pytest.mark.notebook]
@@ -93,22 +93,28 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
     small, middle, large = SMOKE.sizes
     expected = {f"headline.d{s}" for s in SMOKE.sizes} | {f"headline.specialists.d{s}" for s in SMOKE.sizes}
     expected |= {f"headline.widens.{small}_{middle}", f"headline.widens.{middle}_{large}", "source.kept"}
-    expected |= {f"headline.distilled.d{s}" for s in SMOKE.sizes}
+    expected |= {f"headline.{rival}.d{s}" for rival in ("distilled", "matched") for s in SMOKE.sizes}
     expected |= {f"headline.few_dims.d{small}", f"headline.clusters.d{small}"}
     expected |= {f"explained.{what}.d{s}" for what in ("source", "task", "gains", "maps") for s in SMOKE.sizes}
     by_size = (
-        "direct.compute direct.distilled direct.start direct.tuned stability.spread stability.agreement "
-        "stability.source stability.smooth cost.generation text text.task"
+        "direct.compute direct.distilled direct.start direct.tuned direct.cut direct.cut_examples direct.cut_compute "
+        "stability.again stability.spread stability.agreement stability.source stability.smooth cost.generation text "
+        "text.task"
     ).split()
     of_two_sizes = (
-        "conditioning.LearnedID conditioning.SupportSet conditioning.wrong conditioning.support generators.family "
-        "generators.sizes source.depth.l1 source.masked source.mixture multimodal multimodal.caption"
+        "conditioning.LearnedID conditioning.SupportSet conditioning.Features conditioning.Attributes "
+        "conditioning.shuffled conditioning.wrong conditioning.support generators.family generators.sizes "
+        "source.depth.l1 source.depth.l2 source.depth.l3 source.masked source.mixture multimodal multimodal.caption"
     ).split()
     expected |= {f"{id}.d{s}" for id in by_size for s in SMOKE.sizes} | {"cost.break_even", f"source.width.d{small}"}
     expected |= {f"{id}.d{s}" for id in of_two_sizes for s in (small, large)}
     transfer = ("transfer", "transfer.support", "transfer.source", "scarce", "scarce.source")
     expected |= {f"{id}.{world}.n5.d{small}" for id in transfer for world in ("glyphs", "classes")}
-    assert expected <= set(claims)
+    widens = [f"{small}_{middle}", f"{middle}_{large}"]
+    expected |= {f"{id}.widens.{pair}" for id in ("stability.again", "text") for pair in widens}
+    expected.add(f"transfer.growth.d{small}")
+    two_best = {id for id in claims if id.startswith("generators.source.")}
+    assert len(two_best) == 4 and set(claims) == expected | two_best
     losses = pd.read_csv(reports / "results" / "test_losses.csv")
     mean = losses.groupby(["arm", "d_s", "seed"]).loss.mean()
     for s in SMOKE.sizes:
@@ -121,6 +127,51 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
         assert claim["seeds"] == len(SMOKE.seeds)
         assert claim["verdict"] == "inconclusive", "two seeds are no evidence"
         assert claim["ci_low"] <= claim["value"] <= claim["ci_high"]
+
+
+def test_what_notebooks_record_is_what_their_tables_say(reports):
+    def table(name, *index):
+        return pd.read_csv(reports / "results" / f"{name}.csv").set_index(list(index))
+
+    found, means = recorded(reports, "02_source_and_projections"), table("source_and_projected", "arm", "d_s")["mean"]
+    for s in SMOKE.sizes:
+        assert found[f"test_projected_{s}"] == pytest.approx(means["projected", s], abs=1e-4)
+    found, trials = recorded(reports, "03_universal_models"), pd.read_csv(reports / "results" / "trials.csv")
+    universal = trials[trials.arm.isin(UNIVERSALS)]
+    for s, rows in universal.groupby("d_s"):
+        assert found[f"best_universal_d{s}"] == rows.loc[rows.val_loss.idxmin()].arm
+    assert found["at_edge"] == trials.at_edge.sum() and found["trials"] == len(trials)
+    assert found["matched_steps"] > SMOKE.source_steps + SMOKE.joint_steps, "projections cost more than their rivals"
+    found, naming = recorded(reports, "04_projected_vs_universal"), table("naming", "d_s")
+    for s in SMOKE.sizes:
+        assert found[f"naming_accuracy_d{s}"] == pytest.approx(naming.naming_accuracy[s], abs=1e-4)
+        assert naming.naming_accuracy_low[s] < naming.naming_accuracy[s] < naming.naming_accuracy_high[s] < 2
+    small = SMOKE.sizes[0]
+    swap = table("task_swap", "images_of").to_numpy()
+    assert swap.diagonal().mean() == pytest.approx(naming.own_task[small], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "table, claim, rival, ours",
+    [
+        ("controls", "explained.source", "bank_trained", "projected"),
+        ("controls", "explained.maps", "static_maps", "projected"),
+        ("direct", "direct.compute", "specialists_matched", "projected"),
+        ("direct", "direct.cut_examples", "cut_half", "projected"),
+        ("conditioning", "conditioning.Features", "told_NoID", "told_Features"),
+        ("conditioning", "conditioning.shuffled", "told_ShuffledID", "projected"),
+        ("masked", "source.masked", "universal", "projected"),
+        ("mixture", "source.mixture", "hard_mixture", "projected"),
+        ("text", "text.task", "static_token", "projected"),
+        ("captions", "multimodal", "universal", "projected"),
+    ],
+)
+def test_claims_can_be_computed_from_the_losses_by_seed(reports, table, claim, rival, ours):
+    claims = {c["id"]: c for c in json.loads((reports / "claims.json").read_text())}
+    losses = pd.read_csv(reports / "results" / f"{table}_by_seed.csv").set_index(["arm", "d_s", "seed"]).loss.sort_index()
+    for s in SMOKE.sizes[::2]:
+        gap = losses[rival, s] - losses[ours, s]
+        assert len(gap) == len(SMOKE.seeds) and claims[f"{claim}.d{s}"]["value"] == pytest.approx(gap.mean(), abs=1e-4)
 
 
 def test_claims_of_further_notebooks_follow_from_their_tables(reports):
