@@ -168,7 +168,8 @@ def test_what_notebooks_record_is_what_their_tables_say(reports):
 )
 def test_claims_can_be_computed_from_the_losses_by_seed(reports, table, claim, rival, ours):
     claims = {c["id"]: c for c in json.loads((reports / "claims.json").read_text())}
-    losses = pd.read_csv(reports / "results" / f"{table}_by_seed.csv").set_index(["arm", "d_s", "seed"]).loss.sort_index()
+    losses = pd.read_csv(reports / "results" / f"{table}_by_seed.csv")
+    losses = losses.set_index(["arm", "d_s", "seed"]).loss.sort_index()
     for s in SMOKE.sizes[::2]:
         gap = losses[rival, s] - losses[ours, s]
         assert len(gap) == len(SMOKE.seeds) and claims[f"{claim}.d{s}"]["value"] == pytest.approx(gap.mean(), abs=1e-4)
