@@ -265,17 +265,24 @@ def _hard_mixture(config: RunConfig, data: TaskData, start: None, n_experts: int
 
 
 def _tell_vectors(data: TaskData, network: str = "", weights: str = "", sha256: str = "") -> torch.Tensor:
-    """Mean image features of 50 training images of each task, as their codes show them: (n_tasks, F)."""
+    """Mean image features of 50 training images of each task, as their codes show them: (n_tasks, F).
+
+    Kept with the runs: who loads a model needs no encoder.
+    """
     from .features import DEFAULT, image_features
 
     tokens = data.first("train", 50)
     images = data.codebook.decode(tokens.flatten(0, 1).numpy())
     if not isinstance(images, np.ndarray):
         raise ValueError(f"image features of {data.name}, which is no images; allowed: other conditionings")
-    features = image_features(
-        images, network or DEFAULT, weights=weights or None, sha256=sha256 or None, size=96, folder=runs_dir()
+    encoder = (
+        f"{network or DEFAULT} {Path(weights).name} {sha256} {fingerprint([image_features])}"  # names hold checksums
     )
-    return features.view(data.n_tasks, tokens.shape[1], -1).mean(1)
+    kept = runs_dir() / f"told-{hashlib.sha256(encoder.encode() + images.tobytes()).hexdigest()[:12]}.safetensors"
+    if not kept.exists():
+        features = image_features(images, network or DEFAULT, weights=weights or None, sha256=sha256 or None, size=96)
+        save_tensors(kept, {"vectors": features.view(data.n_tasks, tokens.shape[1], -1).mean(1)}, {})
+    return load_tensors(kept)[0]["vectors"]
 
 
 TELL: dict[str, Callable[..., Any]] = {  # what a conditioning may need to be told of the tasks

@@ -62,24 +62,6 @@ class TestResNet:
         one, other = (image_features(x, "resnet18", resnet[1], size=32) for x in (images, colour))
         assert torch.equal(one, other)
 
-    def test_kept_features_are_found_by_images_and_weights(self, resnet, images, tmp_path):
-        def kept(images, **options):
-            seen = []
-            features = image_features(
-                images, "resnet18", size=32, folder=tmp_path, report=lambda *x: seen.append(x), **options
-            )
-            return features, not seen
-
-        first, found = kept(images, weights=resnet[1])
-        assert not found
-        again, found = kept(images, weights=resnet[1])
-        assert found and torch.equal(again, first)
-        assert not kept(1 - images, weights=resnet[1])[1]
-        assert not kept(images.reshape(1, 8, 8, 3), weights=resnet[1])[1]
-        other = tmp_path / "other.pth"
-        torch.save({k: v * 2 for k, v in torch.load(resnet[1], weights_only=True).items()}, other)
-        assert not kept(images, weights=other, trust=True)[1]
-
     def test_weights_of_another_network(self, resnet, images):
         with pytest.raises(FeaturesError, match=f"{resnet[1].name} is not a resnet34: Error.* Missing key"):
             image_features(images, "resnet34", resnet[1])
@@ -174,6 +156,10 @@ def test_maps_are_told_what_a_resnet_of_the_users_sees(resnet, digits):
     seen = few.codebook.decode(few.first("train", 50)[2].numpy())
     expected = image_features(seen, "resnet18", path, size=96).mean(0)
     torch.testing.assert_close(model.conditioning["d8"].table[2], expected, rtol=1e-4, atol=1e-4)
+    gone = path.rename(path.with_name("elsewhere"))
+    again = experiment.build(tiny_projectable(options=options), few)
+    assert torch.equal(again.conditioning["d8"].table, model.conditioning["d8"].table), "kept: no encoder is needed"
+    gone.rename(path)
     with pytest.raises(FeaturesError, match="resnet18-0.pth cannot be read"):
         experiment.build(tiny_projectable(options=options | dict(encoder=("resnet18", "resnet18-0.pth"))), few)
 

@@ -8,17 +8,20 @@ import pickle
 import shutil
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import tiny, tiny_projectable, tiny_source
 from PIL import Image
 
 from projectable import experiment, reporting
 from projectable.config import DataConfig
+from projectable.experiment import data_for, folder_of, run
 from projectable.export import evaluate, export, load, write_grid
 from projectable.plotting import image_grid
 from projectable.storage import code_behind
@@ -378,6 +381,21 @@ def test_a_grid_of_images_in_colour():
 
 @pytest.mark.slow
 @pytest.mark.notebook
+def test_a_folder_that_was_moved_has_its_runs(tmp_path, other_runs, monkeypatch):
+    config = tiny(data=DataConfig(f"folder:{write_images(tmp_path / 'pets')}", patch=2, vocab_size=16), steps=2)
+    losses = run(config).test_losses()["d8"]
+    (tmp_path / "pets").rename(tmp_path / "animals")
+    moved = config.with_(data=replace(config.data, dataset=f"folder:{tmp_path / 'animals'}"))
+    monkeypatch.setattr(experiment, "_train", lambda *_: pytest.fail("trained again"))
+    found = run(moved)
+    assert found.folder == folder_of(moved) and torch.equal(found.test_losses()["d8"], losses)
+    with torch.no_grad():
+        again = found.model().losses(torch.arange(3), data_for(moved.data).first("test", 2))["d8"]
+    assert again.isfinite().all()
+    (tmp_path / "animals" / "cats" / "0.png").unlink()
+    assert not experiment.is_done(moved), "other images are other data"
+
+
 def test_the_notebook_takes_a_folder(tmp_path, monkeypatch):
     folder = write_images(tmp_path / "pets", n=40, colour=True)
     (folder / "owls" / "broken.png").write_bytes(b"no")
