@@ -50,9 +50,10 @@ class Arm:
     one_start: bool = False  # all seeds start from the first seed's run
 
 
+# The middles of sweeps are where earlier ones ended, for all arms alike: fewer of them have to go on beyond an edge.
 _UNIVERSAL = {8: 8e-2, 16: 4e-2, 32: 2e-2}
-_SPECIALIST = {8: 5.6e-2, 16: 2.8e-2, 32: 1e-2}
-_TUNED = {8: 4e-2, 16: 1.4e-2, 32: 7e-3}
+_UNIVERSAL_BY_POSITION = {8: 8e-2, 16: 8e-2, 32: 2e-2}
+_SPECIALIST = {8: 2.8e-2, 16: 2.8e-2, 32: 1e-2}
 _SOURCE = dict(conditioning="additive", zero_writes=True)
 LAMBDA = 3.0  # weight of the source's own objective: with 1 the source loses about 1 % (validation images)
 
@@ -64,6 +65,7 @@ class Maps:
     options: dict
     families: tuple[str, ...]  # of what z changes; the arms of one map for all tasks name another one here
     lr: dict[int, float]
+    lr_of: dict[str, dict[int, float]] = field(default_factory=dict)  # of arms whose sweeps end elsewhere
 
 
 # The default: nearly orthonormal maps (two Newton–Schulz steps), but for the neurons', of its own for each matrix. The
@@ -72,6 +74,16 @@ MAPS = Maps(
     dict(family="Orthonormal", steps=2, layout="per_matrix", neurons="Linear", z_dim=8),
     ("inner", "neurons"),
     {8: 1e-2},
+    {
+        "projected_few_dims": {8: 2e-2},
+        "static_token": {8: 1e-2, 32: 5e-3},
+        "static_maps": {8: 1e-2, 32: 5e-3},
+        "static": {8: 2e-2, 16: 1e-2},
+        "bank_trained": {8: 1.25e-3, 16: 1e-2, 32: 5e-3},
+        "bank_frozen": {8: 2e-2, 16: 1e-2},
+        "source_frozen": {8: 5e-3, 16: 2e-2, 32: 1e-2},
+        "generators_anew": {8: 5e-3, 16: 2e-2, 32: 1e-2},
+    },
 )
 LINEAR = Maps(  # the plain reading of the paper; cheaper
     dict(family="Linear", z_dim=8), ("family",), {8: 9.6e-3, 16: 4.8e-3, 32: 2.4e-3}
@@ -85,12 +97,16 @@ def _projected(words: str, max_seeds=None, only=None, lr=None, **options) -> Arm
 
 
 ARMS = {
-    "source": Arm("source alone", "source", {0: 1.4e-2}, "source", options=_SOURCE),
+    "source": Arm("source alone", "source", {0: 7e-3}, "source", options=_SOURCE),
     "source_control": Arm(
         "source, trained on without projections", "source", {0: 1e-2}, "joint", "source", options=_SOURCE
     ),
-    "universal_token": Arm("universal, task token", "universal", _UNIVERSAL, options=dict(conditioning="token")),
-    "universal_additive": Arm("universal, additive", "universal", _UNIVERSAL, options=dict(conditioning="additive")),
+    "universal_token": Arm(
+        "universal, task token", "universal", _UNIVERSAL_BY_POSITION, options=dict(conditioning="token")
+    ),
+    "universal_additive": Arm(
+        "universal, additive", "universal", _UNIVERSAL_BY_POSITION, options=dict(conditioning="additive")
+    ),
     "universal_film": Arm("universal, FiLM", "universal", _UNIVERSAL, options=dict(conditioning="film")),
     "universal_adaln": Arm("universal, AdaLN-Zero", "universal", _UNIVERSAL, options=dict(conditioning="adaln")),
     "universal_distilled": Arm(
@@ -103,12 +119,18 @@ ARMS = {
     "universal_matched": Arm(
         "best universal, the projections' compute",
         "universal",
-        {8: 5.6e-2, 16: 2.8e-2, 32: 1.4e-2},
+        {8: 2.8e-2, 32: 1.4e-2},
         "matched",
         max_seeds=3,
     ),
     "specialists": Arm("specialists from scratch", "specialists", _SPECIALIST),
-    "specialists_tuned": Arm("specialists, tuned from the best universal", "specialists", _TUNED, "half", "universal"),
+    "specialists_tuned": Arm(
+        "specialists, tuned from the best universal",
+        "specialists",
+        {8: 8e-2, 16: 1.4e-2, 32: 7e-3},
+        "half",
+        "universal",
+    ),
     "projected": _projected("projected"),
     "projected_few_dims": _projected("projected, task vectors of 3 dimensions", only=0, z_dim=3),
     "static_token": _projected("one map for all tasks (StaticToken)", static="Static"),
@@ -119,10 +141,18 @@ ARMS = {
     "source_frozen": _projected("projected, source frozen", max_seeds=3, source_mode="frozen"),
 }
 # of the notebook on direct training: specialists from scratch with fewer and more steps, and from projected models
-_TUNED_ON = {0.01: {8: 2e-3, 32: 1e-3}, 0.1: {8: 1e-2, 16: 5e-3, 32: 3e-3}, 1.0: {8: 2e-2, 16: 1e-2, 32: 4e-3}}
+_TUNED_ON = {
+    0.01: {8: 8e-3, 16: 2e-3, 32: 5e-4},
+    0.1: {8: 5e-3, 16: 1.25e-3, 32: 7.5e-4},
+    1.0: {8: 2e-2, 16: 1e-2, 32: 4e-3},
+}
 DIRECT = {
-    f"specialists_{name}": Arm(f"specialists from scratch, {words}", "specialists", _SPECIALIST, steps, max_seeds=3)
-    for name, words, steps in (("a_tenth", "a tenth of the steps", 0.1), ("a_third", "three tenths", 0.3))
+    f"specialists_{name}": Arm(f"specialists from scratch, {words}", "specialists", lr, steps, max_seeds=3)
+    for name, words, steps, lr in (
+        ("a_hundredth", "a hundredth of the steps", 0.01, {8: 1.1e-1, 16: 5.6e-2, 32: 4e-2}),
+        ("a_tenth", "a tenth of the steps", 0.1, {8: 1.1e-1, 16: 5.6e-2, 32: 4e-2}),
+        ("a_third", "three tenths", 0.3, {8: 5.6e-2, 16: 2.8e-2, 32: 2e-2}),
+    )
 }
 DIRECT["specialists_matched"] = Arm(
     "specialists from scratch, the projections' compute",
@@ -142,8 +172,15 @@ DIRECT["specialists_distilled"] = Arm(
 _CUT: dict = dict(options=dict(p0="pca"), max_seeds=3)
 DIRECT |= {
     "cut": Arm("cut from the fully trained source", "cut", {8: 0.0}, "none", "source_control", **_CUT),
-    "cut_tuned": Arm("cut from the fully trained source, tuned", "cut", _TUNED, "joint", "source_control", **_CUT),
-    "source_half": Arm("source alone, half of the steps", "source", {0: 1e-2}, "half", options=_SOURCE, max_seeds=3),
+    "cut_tuned": Arm(
+        "cut from the fully trained source, tuned",
+        "cut",
+        {8: 4e-2, 16: 2.8e-2, 32: 7e-3},
+        "joint",
+        "source_control",
+        **_CUT,
+    ),
+    "source_half": Arm("source alone, half of the steps", "source", {0: 2e-2}, "half", options=_SOURCE, max_seeds=3),
     "cut_half": Arm(
         "cut from a source of half the steps, tuned for the other half",
         "cut",
@@ -208,7 +245,7 @@ CONDITIONED = {
 # of the notebook on transfer: a rival that is told of new tasks by their images
 SUPPORTED = {"universal_support": Arm("universal, told some of its images", "support_universal", _UNIVERSAL)}
 # of the notebook on the source: another rival of the same deployed size, and another family of Transformers
-_MIXTURE = {8: 5.6e-2, 16: 2.8e-2, 32: 1.4e-2}
+_MIXTURE = {8: 5.6e-2, 16: 2.8e-2}
 MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", _MIXTURE, max_seeds=3)}
 EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS | CONDITIONED | SUPPORTED | MIXTURES
 # arms of a masked study, by the names of their twins: half as many tokens to learn from, so small models want less
@@ -351,7 +388,8 @@ class Study(Compared):
     """All arms of one profile and one definition of tasks: sweeps, choices, runs over seeds.
 
     `masked`: of the family that fills in masked tokens, whose arms are `MASKED`. `maps`: the form of projections in all
-    arms that name no family. `options`: more of them for an arm, by its name.
+    arms that name no family. `options`: more of them for an arm, by its name. `middles`: of the sweeps that this
+    study's data or length moves, by arm and size.
     """
 
     def __init__(
@@ -362,13 +400,15 @@ class Study(Compared):
         masked: bool = False,
         maps: Maps = MAPS,
         options: dict[str, dict] | None = None,
+        middles: dict[str, dict[int, float]] | None = None,
     ):
         super().__init__(profile)
-        self.maps, self.options, self.data = maps, options or {}, replace(profile.data, tasks=tasks)
-        for name in self.options.keys() - (MASKED if masked else EVERY).keys():
-            raise ValueError(f"options for an unknown arm {name!r}; allowed: those of its arms")
-        self.sizes = sizes or profile.sizes
+        self.maps, self.options, self.middles = maps, options or {}, middles or {}
+        self.data, self.sizes = replace(profile.data, tasks=tasks), sizes or profile.sizes
         self.arms, self.family = (MASKED, "masked_") if masked else (EVERY, "")
+        for name in [*self.options, *self.middles]:
+            if name not in self.arms:
+                raise ValueError(f"settings of an unknown arm {name!r}; allowed: {', '.join(self.arms)}")
         self._best: dict[int, str] = {}
 
     # ----------------------------------------------------------------------------------------------- configs
@@ -446,7 +486,8 @@ class Study(Compared):
         return self.sizes if only is None else (self.sizes[only],)
 
     def middle(self, name: str, size: int) -> float:
-        return at_size(self.arms[name].lr or self.maps.lr, size)
+        lr = self.middles.get(name) or self.arms[name].lr or self.maps.lr_of.get(name) or self.maps.lr
+        return at_size(lr, size)
 
     def _trials(self, powers: dict[tuple[str, int], list[int]]) -> dict[tuple[str, int, int], RunConfig]:
         """Projections train all sizes in one run; the source alone is judged by those that start from it."""

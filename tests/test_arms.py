@@ -62,7 +62,7 @@ def test_an_arm_that_is_not_there_is_named(study):
         study.seeds("universal", "projectd")
     with pytest.raises(ValueError, match="unknown arm 'universal'"):  # which of them, its sweep is to say
         study.sweep("universal")
-    with pytest.raises(ValueError, match="options for an unknown arm 'told_Feature'"):
+    with pytest.raises(ValueError, match="settings of an unknown arm 'told_Feature'"):
         Study(PROFILE, options={"told_Feature": {}})
     with pytest.raises(
         ValueError, match="unknown arm 'static'; allowed: source, source_control, projected, universal_a"
