@@ -12,8 +12,10 @@ rates in the middle of their own sweep.
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from itertools import chain
 from typing import Any
 
@@ -39,7 +41,7 @@ class Arm:
 
     words: str  # as a legend shows it
     model: str
-    lr: dict[int, float]  # empty: that of the study's maps; zero: nothing is trained, there is nothing to sweep
+    lr: dict[int, float]  # empty: that of the study's maps; zero: nothing is trained, nothing to sweep. Or: `MIDDLES`
     # source (the source alone), joint, both (as many examples as source and joint), half, matched (as much compute as
     # source and projections of all sizes), a share of both, or none: one at a rate of zero
     steps: str | float = "both"
@@ -50,7 +52,11 @@ class Arm:
     one_start: bool = False  # all seeds start from the first seed's run
 
 
-# The middles of sweeps are where earlier ones ended, for all arms alike: fewer of them have to go on beyond an edge.
+# Middles of sweeps are where earlier ones ended, for all arms alike: few have to go on beyond an edge.
+MIDDLES: dict[str, dict[str, dict[int, float]]] = {
+    name: {arm: {int(size): rate for size, rate in lr.items()} for arm, lr in arms.items()}
+    for name, arms in tomllib.loads((resources.files(__package__) / "middles.toml").read_text("utf-8")).items()
+}
 _UNIVERSAL = {8: 8e-2, 16: 4e-2, 32: 2e-2}
 _UNIVERSAL_BY_POSITION = {8: 8e-2, 16: 8e-2, 32: 2e-2}
 _SPECIALIST = {8: 2.8e-2, 16: 2.8e-2, 32: 1e-2}
@@ -60,40 +66,31 @@ LAMBDA = 3.0  # weight of the source's own objective: with 1 the source loses ab
 
 @dataclass(frozen=True)
 class Maps:
-    """A form of the projections: options of `Projectable`, those that name families, the middle of their sweeps."""
+    """A form of the projections: its name in `MIDDLES`, options of `Projectable`, those that name families."""
 
+    name: str
     options: dict
     families: tuple[str, ...]  # of what z changes; the arms of one map for all tasks name another one here
-    lr: dict[int, float]
-    lr_of: dict[str, dict[int, float]] = field(default_factory=dict)  # of arms whose sweeps end elsewhere
+
+    @property
+    def lr(self) -> dict[int, float]:
+        """The middle of the sweeps of its arms."""
+        return MIDDLES[self.name]["projected"]
 
 
 # The default: nearly orthonormal maps (two Newton–Schulz steps), but for the neurons', of its own for each matrix. The
 # best on validation images: families and layout in an earlier run of notebook 10; together, and cheaper, in 17 runs.
 MAPS = Maps(
+    "orthonormal",
     dict(family="Orthonormal", steps=2, layout="per_matrix", neurons="Linear", z_dim=8),
     ("inner", "neurons"),
-    {8: 1e-2},
-    {
-        "projected_few_dims": {8: 2e-2},
-        "static_token": {8: 1e-2, 32: 5e-3},
-        "static_maps": {8: 1e-2, 32: 5e-3},
-        "static": {8: 2e-2, 16: 1e-2},
-        "bank_trained": {8: 1.25e-3, 16: 1e-2, 32: 5e-3},
-        "bank_frozen": {8: 2e-2, 16: 1e-2},
-        "source_frozen": {8: 5e-3, 16: 2e-2, 32: 1e-2},
-        "generators_anew": {8: 5e-3, 16: 2e-2, 32: 1e-2},
-    },
 )
-LINEAR = Maps(  # the plain reading of the paper; cheaper
-    dict(family="Linear", z_dim=8), ("family",), {8: 9.6e-3, 16: 4.8e-3, 32: 2.4e-3}
-)
+LINEAR = Maps("linear", dict(family="Linear", z_dim=8), ("family",))  # the plain reading of the paper; cheaper
 
 
-def _projected(words: str, max_seeds=None, only=None, lr=None, **options) -> Arm:
-    """An arm of the study's maps; where `options` name a family, of that one and centred on `lr`, or `LINEAR.lr`."""
-    lr = lr or (LINEAR.lr if "family" in options else {})
-    return Arm(words, "projectable", lr, "joint", "source", dict(source_weight=LAMBDA) | options, max_seeds, only)
+def _projected(words: str, max_seeds=None, only=None, **options) -> Arm:
+    """An arm of the study's maps, or of others, where `options` name a family."""
+    return Arm(words, "projectable", {}, "joint", "source", dict(source_weight=LAMBDA) | options, max_seeds, only)
 
 
 ARMS = {
@@ -206,8 +203,8 @@ DIRECT |= {
 STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True)}
 # of the notebook on generators: one factor at a time around linear maps
 _OTHER_FAMILIES: dict[str, dict] = {
-    # steps as in `MAPS`; these maps want higher rates than the others
-    name: dict(family=name, z_dim=8) | (dict(steps=2, lr={8: 2.7e-2, 32: 1.9e-2}) if name == "Orthonormal" else {})
+    # steps as in `MAPS`
+    name: dict(family=name, z_dim=8) | (dict(steps=2) if name == "Orthonormal" else {})
     for name, family in generators.FAMILIES.items()
     if name != "Linear" and not issubclass(family, generators.Static)
 }
@@ -222,6 +219,7 @@ _LINEAR: dict = dict(max_seeds=3, family="Linear")
 FACTORS = {
     "layout_per_matrix": _projected("separate maps for each matrix", z_dim=8, layout="per_matrix", **_LINEAR),
     "p0_random": _projected("start: random orthonormal", z_dim=8, p0="random", **_LINEAR),
+    "p0_slice": _projected("start: the first entries (slice)", z_dim=8, p0="slice", **_LINEAR),
     "lambda_1": _projected("λ = 1", z_dim=8, source_weight=1.0, **_LINEAR),
     "z_2": _projected("task vectors of 2 dimensions", z_dim=2, **_LINEAR),
     "z_16": _projected("task vectors of 16 dimensions", z_dim=16, **_LINEAR),
@@ -242,16 +240,22 @@ CONDITIONED = {
     for name in conditioning.CONDITIONINGS
     if name != "LearnedID"
 }
-# of the notebook on transfer: a rival that is told of new tasks by their images
-SUPPORTED = {"universal_support": Arm("universal, told some of its images", "support_universal", _UNIVERSAL)}
+# of the notebook on transfer: rivals, and the random source, told of new tasks by their images
+SUPPORTED = {
+    "universal_support": Arm("universal, additive, told some of its images", "support_universal", _UNIVERSAL),
+    "universal_support_film": Arm(
+        "universal, FiLM, told some of its images", "support_universal", _UNIVERSAL, options=dict(conditioning="film")
+    ),
+    "bank_support": _projected(
+        "random source, trained, told some of its images", source_mode="random_trained", conditioning="SupportSet"
+    ),
+}
 # of the notebook on the source: another rival of the same deployed size, and another family of Transformers
 _MIXTURE = {8: 5.6e-2, 16: 2.8e-2}
 MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", _MIXTURE, max_seeds=3)}
 EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS | CONDITIONED | SUPPORTED | MIXTURES
-# arms of a masked study, by the names of their twins: half as many tokens to learn from, so small models want less
-MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected")} | {
-    name: replace(ARMS[name], lr={8: 4e-2, 16: 2.8e-2, 32: 2e-2}) for name in UNIVERSALS[1:]
-}
+# arms of a masked study, by the names of their twins
+MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected", *UNIVERSALS[1:])}
 
 
 class Compared:
@@ -388,8 +392,8 @@ class Study(Compared):
     """All arms of one profile and one definition of tasks: sweeps, choices, runs over seeds.
 
     `masked`: of the family that fills in masked tokens, whose arms are `MASKED`. `maps`: the form of projections in all
-    arms that name no family. `options`: more of them for an arm, by its name. `middles`: of the sweeps that this
-    study's data or length moves, by arm and size.
+    arms that name no family. `options`: more of them for an arm, by its name. `middles`: of its sweeps, a name in
+    `MIDDLES`. Raises ValueError for one that is not there, and for options of an unknown arm.
     """
 
     def __init__(
@@ -400,15 +404,17 @@ class Study(Compared):
         masked: bool = False,
         maps: Maps = MAPS,
         options: dict[str, dict] | None = None,
-        middles: dict[str, dict[int, float]] | None = None,
+        middles: str = "",
     ):
         super().__init__(profile)
-        self.maps, self.options, self.middles = maps, options or {}, middles or {}
+        if middles and middles not in MIDDLES:
+            raise ValueError(f"unknown middles of sweeps {middles!r}; allowed: {', '.join(MIDDLES)}")
+        self.maps, self.options, self.middles = maps, options or {}, MIDDLES.get(middles, {})
         self.data, self.sizes = replace(profile.data, tasks=tasks), sizes or profile.sizes
         self.arms, self.family = (MASKED, "masked_") if masked else (EVERY, "")
-        for name in [*self.options, *self.middles]:
+        for name in self.options:
             if name not in self.arms:
-                raise ValueError(f"settings of an unknown arm {name!r}; allowed: {', '.join(self.arms)}")
+                raise ValueError(f"options of an unknown arm {name!r}; allowed: {', '.join(self.arms)}")
         self._best: dict[int, str] = {}
 
     # ----------------------------------------------------------------------------------------------- configs
@@ -486,7 +492,7 @@ class Study(Compared):
         return self.sizes if only is None else (self.sizes[only],)
 
     def middle(self, name: str, size: int) -> float:
-        lr = self.middles.get(name) or self.arms[name].lr or self.maps.lr_of.get(name) or self.maps.lr
+        lr = self.middles.get(name) or MIDDLES[self.maps.name].get(name) or self.arms[name].lr or self.maps.lr
         return at_size(lr, size)
 
     def _trials(self, powers: dict[tuple[str, int], list[int]]) -> dict[tuple[str, int, int], RunConfig]:
@@ -613,6 +619,9 @@ class FewArm:
 FEW_IMAGES = {
     "projected_vector": FewArm("projected, task vector tuned", "adapted", "projected", {8: 5e-2}, "vector"),
     "projected_maps": FewArm("projected, maps tuned", "adapted", "projected", {8: 5e-2}, "maps"),
+    "projected_lean": FewArm(
+        "projected by lean maps (LowRank), maps tuned", "adapted", "family_LowRank", {8: 5e-2}, "maps"
+    ),
     "projected_model": FewArm(
         "projected, then small model tuned", "specialists", "projected", {8: 2e-3}, after="projected_vector"
     ),
@@ -622,7 +631,8 @@ FEW_IMAGES = {
     "universal_model": FewArm(
         "universal, then one model a task tuned", "specialists", "universal", {8: 2e-3}, after="universal_vector"
     ),
-    "universal_support": FewArm("universal, told by its images", "told", "universal_support", {}),
+    "universal_support": FewArm("universal, additive, told by its images", "told", "universal_support", {}),
+    "universal_support_film": FewArm("universal, FiLM, told by its images", "told", "universal_support_film", {}),
     "scratch": FewArm("specialists from scratch", "specialists", "", {8: 2e-2, 16: 1e-2, 32: 5e-3}),
     "source_vector": FewArm(
         "the source itself, task embedding tuned", "adapted", "source_control", {8: 5e-2}, "vector"
@@ -635,6 +645,7 @@ FEW_IMAGES = {
         after="source_vector",
     ),
     "random_vector": FewArm("random source, task vector tuned", "adapted", "bank_trained", {8: 5e-2}, "vector"),
+    "random_support": FewArm("random source, told by its images", "adapted", "bank_support", {}, "vector"),
     "random_maps": FewArm("random source, maps tuned", "adapted", "bank_trained", {8: 5e-2}, "maps"),
     "random_model": FewArm(
         "random source, then small model tuned", "specialists", "bank_trained", {8: 2e-3}, after="random_vector"

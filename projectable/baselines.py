@@ -163,27 +163,35 @@ def for_new_tasks(base: Universal, n_tasks: int, tune: str = "vector") -> Univer
 
 
 class SupportUniversal(Universal):
-    """A universal model that is told of a task by some of its images, as maps may be: c(t) = z W at every position.
+    """A universal model that is told of a task by some of its images, as maps may be: its terms are z W.
 
-    z is what an encoder (`SupportSet`) makes of `support` (n_tasks, n, N), W starts at zero.
+    z is what an encoder (`SupportSet`) makes of `support` (n_tasks, n, N), W starts at zero. `conditioning`: additive
+    or film. Raises ValueError for another.
     """
 
-    def __init__(self, shape: Shape, support: Tensor, z_dim: int = 8):
+    def __init__(self, shape: Shape, support: Tensor, z_dim: int = 8, conditioning: str = "additive"):
+        width = {"additive": 1, "film": 2 * (2 * shape.n_layers + 1)}  # rows of d_model
+        if conditioning not in width:
+            raise ValueError(f"conditioning {conditioning!r} by images; allowed: {', '.join(width)}")
         super().__init__(shape, len(support), "none")
+        self.conditioning = conditioning
         self.encoder = SupportSet(len(support), z_dim, support, shape.vocab_size)
-        self.outward = nn.Parameter(torch.zeros(z_dim, shape.d_model))
+        self.outward = nn.Parameter(torch.zeros(z_dim, width[conditioning] * shape.d_model))
 
     def rate_factor(self, name: str) -> float:
         """The encoder learns slower: 0.3 and 0.1 were alike, and better than 1 and 0.03 (validation, one seed)."""
         return 0.3 if name.startswith("encoder") else 1.0
 
     def terms(self, task_ids: Tensor) -> dict[str, Tensor]:
-        c = self.encoder(task_ids) @ self.outward
-        return {"positions": self.plain["positions"] + c.unsqueeze(1)}
+        c = (self.encoder(task_ids) @ self.outward).unflatten(-1, (-1, self.shape.d_model))  # (T, 1 or 2(2L+1), d)
+        if self.conditioning == "additive":
+            return {"positions": self.plain["positions"] + c}
+        scale, shift = c.chunk(2, dim=1)
+        return {"scale": 1 + scale, "shift": shift}
 
     def told_of(self, support: Tensor) -> SupportUniversal:
         """The same model for other tasks, by images of each (T, n, N)."""
-        other = SupportUniversal(self.shape, support, len(self.outward))
+        other = SupportUniversal(self.shape, support, len(self.outward), self.conditioning)
         other.load_state_dict(self.state_dict() | {"encoder.support": support})
         return other
 

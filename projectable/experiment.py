@@ -208,8 +208,9 @@ def _universal(config: RunConfig, data: TaskData, start: None, **options) -> Mod
     return Universal(config.shape(data.codebook.length, *config.sizes), data.n_tasks, **options)
 
 
-def _support_universal(config: RunConfig, data: TaskData, start: Model | None) -> Model:
-    return SupportUniversal(config.shape(data.codebook.length, *config.sizes), data.first("train", 16))
+def _support_universal(config: RunConfig, data: TaskData, start: None, conditioning: str = "additive") -> Model:
+    shape = config.shape(data.codebook.length, *config.sizes)
+    return SupportUniversal(shape, data.first("train", 16), conditioning=conditioning)
 
 
 def _told(config: RunConfig, data: TaskData, start: SupportUniversal) -> Model:

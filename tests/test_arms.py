@@ -10,7 +10,7 @@ import torch
 from conftest import DIGITS, randomise, tiny, tiny_projectable
 
 from projectable import arms, experiment
-from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, UNIVERSALS, Scarce, Study, at_size
+from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, MIDDLES, UNIVERSALS, Scarce, Study, at_size
 from projectable.baselines import SupportUniversal, Universal, for_new_tasks
 from projectable.config import get_profile
 from projectable.projection import Adapted
@@ -62,7 +62,9 @@ def test_an_arm_that_is_not_there_is_named(study):
         study.seeds("universal", "projectd")
     with pytest.raises(ValueError, match="unknown arm 'universal'"):  # which of them, its sweep is to say
         study.sweep("universal")
-    with pytest.raises(ValueError, match="settings of an unknown arm 'told_Feature'"):
+    with pytest.raises(
+        ValueError, match="options of an unknown arm 'told_Feature'; allowed: source, .*, hard_mixture$"
+    ):
         Study(PROFILE, options={"told_Feature": {}})
     with pytest.raises(
         ValueError, match="unknown arm 'static'; allowed: source, source_control, projected, universal_a"
@@ -284,7 +286,26 @@ def test_sweeps_of_projections_are_centred_on_the_rate_of_their_maps(study):
         for size in PROFILE.sizes:
             centre = at_size(study.maps.lr, size)
             assert set(rates["projected", size]) >= {float(f"{centre * f:.2g}") for f in (0.5, 1, 2)}
-            assert at_size(LINEAR.lr, size) in rates["family_Mixture", size]
+            own = MIDDLES[study.maps.name].get("family_Mixture", study.maps.lr)
+            assert at_size(own, size) in rates["family_Mixture", size]
+
+
+def test_a_study_may_begin_its_sweeps_elsewhere(study):
+    assert study.middle("universal_film", 16) == 4e-2 and study.middle("universal_token", 32) == 2e-2
+    short = Study(PROFILE, middles="letters", maps=LINEAR)
+    assert short.middle("universal_film", 16) == 4e-2 and short.middle("universal_film", 40) == 2e-2
+    assert short.middle("projected", 16) == 3e-4, "the study's comes before that of the maps"
+    assert short.middle("depth_2", 8) == MIDDLES["linear"]["depth_2"][8]
+    assert short.middle("static_maps", 8) == LINEAR.lr[8] and short.middle("hard_mixture", 8) == 5.6e-2
+    assert short.middle("source", 32) == ARMS["source"].lr[0] and short.middle("source_control", 32) == 2e-2
+    with pytest.raises(ValueError, match="unknown middles of sweeps 'letter'; allowed: orthonormal, linear, short"):
+        Study(PROFILE, middles="letter")
+
+
+def test_sweeps_begin_at_rates_of_arms_that_there_are():
+    for name, table in MIDDLES.items():
+        assert not table.keys() - EVERY.keys(), name
+        assert all(0 < rate < 1 and size >= 0 for lr in table.values() for size, rate in lr.items()), name
 
 
 def test_controls_differ_from_the_projection_in_what_they_say(study):
@@ -373,11 +394,12 @@ def test_a_slice_stays_one_when_maps_are_tuned(source, digits):
     assert not any(p is sliced.projections["d8"].stream.base for p in new.groups()["d8"])
 
 
-def test_a_universal_model_is_told_of_new_tasks_by_their_images(shape, digits):
+@pytest.mark.parametrize(("conditioning", "where"), [("additive", "positions"), ("film", "qkv")])
+def test_a_universal_model_is_told_of_new_tasks_by_their_images(shape, digits, conditioning, where):
     torch.manual_seed(0)
     support = digits.first("train", 16)
-    known, ids = SupportUniversal(shape, support), torch.arange(3)
-    same = known.weights("d16", ids)["positions"]
+    known, ids = SupportUniversal(shape, support, conditioning=conditioning), torch.arange(3)
+    same = known.weights("d16", ids)[where]
     assert torch.equal(same[0], same[1]), "before training it makes no use of them"
     optimizer = torch.optim.Adam(known.parameters(), lr=1e-2)
     for _ in range(3):
@@ -391,8 +413,10 @@ def test_a_universal_model_is_told_of_new_tasks_by_their_images(shape, digits):
     for name, w in new.weights("d16", torch.arange(2)).items():
         whole = known.weights("d16", torch.tensor([7, 2]))[name]
         torch.testing.assert_close(w, whole)
-    few = known.told_of(support[[7, 2], :3]).eval().weights("d16", torch.arange(2))["positions"]
-    assert (few != new.weights("d16", torch.arange(2))["positions"]).any(), "three images say something else than 16"
+    few = known.told_of(support[[7, 2], :3]).eval().weights("d16", torch.arange(2))[where]
+    assert (few != new.weights("d16", torch.arange(2))[where]).any(), "three images say something else than 16"
+    with pytest.raises(ValueError, match="conditioning 'adaln' by images; allowed: additive, film"):
+        SupportUniversal(shape, support, conditioning="adaln")
 
 
 def test_new_tasks_need_a_start_that_can_be_told_of_them(digits):

@@ -97,18 +97,21 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
     expected |= {f"headline.few_dims.d{small}", f"headline.clusters.d{small}"}
     expected |= {f"explained.{what}.d{s}" for what in ("source", "task", "gains", "maps") for s in SMOKE.sizes}
     by_size = (
-        "direct.compute direct.distilled direct.start direct.tuned direct.cut direct.cut_examples direct.cut_compute "
-        "stability.again stability.spread stability.agreement stability.source stability.smooth cost.generation text "
-        "text.task"
+        "direct.examples direct.compute direct.distilled direct.start direct.tuned direct.cut direct.cut_examples "
+        "direct.cut_compute stability.again stability.spread stability.agreement stability.source stability.smooth "
+        "cost.generation text text.task source.width"
     ).split()
     of_two_sizes = (
         "conditioning.LearnedID conditioning.SupportSet conditioning.Features conditioning.Attributes "
         "conditioning.shuffled conditioning.wrong conditioning.support generators.family generators.sizes "
-        "source.depth.l1 source.depth.l2 source.depth.l3 source.masked source.mixture multimodal multimodal.caption"
+        "generators.layout_per_matrix generators.p0_random generators.p0_slice generators.lambda_1 generators.z_2 "
+        "generators.z_16 source.depth.l1 source.depth.l2 source.depth.l3 source.masked source.mixture "
+        "multimodal multimodal.caption"
     ).split()
-    expected |= {f"{id}.d{s}" for id in by_size for s in SMOKE.sizes} | {"cost.break_even", f"source.width.d{small}"}
+    expected |= {f"{id}.d{s}" for id in by_size for s in SMOKE.sizes} | {"cost.break_even"}
     expected |= {f"{id}.d{s}" for id in of_two_sizes for s in (small, large)}
-    transfer = ("transfer", "transfer.support", "transfer.source", "scarce", "scarce.source")
+    expected |= {f"conditioning.clusters{n}.d{small}" for n in (10, SMOKE.n_clusters)}
+    transfer = ("transfer", "transfer.support", "transfer.source", "transfer.support_source", "scarce", "scarce.source")
     expected |= {f"{id}.{world}.n5.d{small}" for id in transfer for world in ("glyphs", "classes")}
     widens = [f"{small}_{middle}", f"{middle}_{large}"]
     expected |= {f"{id}.widens.{pair}" for id in ("stability.again", "text") for pair in widens}
@@ -156,10 +159,12 @@ def test_what_notebooks_record_is_what_their_tables_say(reports):
     [
         ("controls", "explained.source", "bank_trained", "projected"),
         ("controls", "explained.maps", "static_maps", "projected"),
+        ("direct", "direct.examples", "specialists", "projected"),
         ("direct", "direct.compute", "specialists_matched", "projected"),
         ("direct", "direct.cut_examples", "cut_half", "projected"),
         ("conditioning", "conditioning.Features", "told_NoID", "told_Features"),
         ("conditioning", "conditioning.shuffled", "told_ShuffledID", "projected"),
+        ("generators", "generators.p0_slice", "p0_slice", "projected"),
         ("masked", "source.masked", "universal", "projected"),
         ("mixture", "source.mixture", "hard_mixture", "projected"),
         ("text", "text.task", "static_token", "projected"),
