@@ -98,6 +98,9 @@ ARMS = {
     "source_control": Arm(
         "source, trained on without projections", "source", {0: 1e-2}, "joint", "source", options=_SOURCE
     ),
+    "source_whole": Arm(
+        "source alone, all steps in one go", "source", {0: 1.4e-2}, "both", options=_SOURCE, max_seeds=3
+    ),
     "universal_token": Arm(
         "universal, task token", "universal", _UNIVERSAL_BY_POSITION, options=dict(conditioning="token")
     ),
@@ -120,6 +123,7 @@ ARMS = {
         "matched",
         max_seeds=3,
     ),
+    "hypernetwork": Arm("hypernetwork without a source", "hypernetwork", {8: 2e-2, 16: 4e-2, 32: 2e-2}),
     "specialists": Arm("specialists from scratch", "specialists", _SPECIALIST),
     "specialists_tuned": Arm(
         "specialists, tuned from the best universal",
@@ -175,6 +179,14 @@ DIRECT |= {
         {8: 4e-2, 16: 2.8e-2, 32: 7e-3},
         "joint",
         "source_control",
+        **_CUT,
+    ),
+    "cut_start": Arm(
+        "cut from the source that projections start from, tuned",
+        "cut",
+        {8: 4e-2, 16: 2.8e-2, 32: 7e-3},
+        "joint",
+        "source",
         **_CUT,
     ),
     "source_half": Arm("source alone, half of the steps", "source", {0: 2e-2}, "half", options=_SOURCE, max_seeds=3),
@@ -633,6 +645,12 @@ FEW_IMAGES = {
     ),
     "universal_support": FewArm("universal, additive, told by its images", "told", "universal_support", {}),
     "universal_support_film": FewArm("universal, FiLM, told by its images", "told", "universal_support_film", {}),
+    "hyper_vector": FewArm(
+        "hypernetwork without a source, task vector tuned", "adapted", "hypernetwork", {8: 5e-2}, "vector"
+    ),
+    "hyper_maps": FewArm(
+        "hypernetwork without a source, all of it tuned", "adapted", "hypernetwork", {8: 5e-3}, "maps"
+    ),
     "scratch": FewArm("specialists from scratch", "specialists", "", {8: 2e-2, 16: 1e-2, 32: 5e-3}),
     "source_vector": FewArm(
         "the source itself, task embedding tuned", "adapted", "source_control", {8: 5e-2}, "vector"

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conditioning import SupportSet
+from .conditioning import LearnedID, SupportSet
+from .generators import make_generator
 from .transformer import Shape, Weights, draw_places, forward, initial_weights, masked_losses, task_losses
 
 CONDITIONINGS = ("none", "token", "additive", "film", "adaln")
@@ -138,30 +139,6 @@ class Universal(Model):
         return w
 
 
-def for_new_tasks(base: Universal, n_tasks: int, tune: str = "vector") -> Universal:
-    """A trained universal model for tasks that it does not know, told of each what it is told of its own on average.
-
-    `tune`: `vector`, only what it is told of a task learns; `maps`, all of it. Raises ValueError for another, or where
-    the model is not told of its task by a learned vector.
-    """
-    if type(base) is not Universal or base.conditioning == "none":
-        allowed = ", ".join(CONDITIONINGS[1:])
-        raise ValueError(
-            f"{type(base).__name__} with {base.conditioning!r} conditioning; allowed for new tasks: {allowed}"
-        )
-    if tune not in ("vector", "maps"):
-        raise ValueError(f"unknown tune {tune!r}; allowed: vector, maps")
-    model = Universal(base.shape, n_tasks, base.conditioning)
-    table = "film" if base.conditioning == "film" else "task_embedding"
-    state = base.state_dict()
-    mean = state[table].mean(0, keepdim=True)
-    model.load_state_dict(state | {table: mean.repeat(n_tasks, *[1] * (mean.dim() - 1))})
-    if tune == "vector":
-        model.requires_grad_(False)
-        getattr(model, table).requires_grad_(True)
-    return model
-
-
 class SupportUniversal(Universal):
     """A universal model that is told of a task by some of its images, as maps may be: its terms are z W.
 
@@ -204,6 +181,67 @@ def modulated(w: Weights, scale: Tensor, shift: Tensor, layers: int) -> Weights:
         w[f"{name}_bias"] = (shift[:, rows].unsqueeze(-1) * w[name]).sum(-2)  # as a product: many small ones, slower
         w[name] = scale[:, rows].unsqueeze(-1) * w[name]
     return w
+
+
+class Hypernetwork(Model):
+    """Generators that make the small weights themselves, from a learned task vector: no source behind them.
+
+    Every weight is W + Σ_k z_k B_k, W from the usual start and B from zero; gains and shifts of every read are
+    linear in z, as those of projected models are. What is deployed is as large as these. `family` is one of
+    `generators`. Raises ValueError for another.
+    """
+
+    def __init__(self, shape: Shape, n_tasks: int, z_dim: int = 8, family: str = "Linear"):
+        super().__init__()
+        self.shape, self.n_tasks, self.members = shape, n_tasks, (f"d{shape.d_model}",)
+        self.family = family
+        self.conditioning = LearnedID(n_tasks, z_dim)
+        stacks = {name: w if w.dim() == 3 else w.unsqueeze(0) for name, w in initial_weights(shape).items()}
+        stacks["modulation"] = torch.zeros(1, 2 * (2 * shape.n_layers + 1), shape.d_model)
+        self.makers = nn.ModuleDict({name: make_generator(family, w, z_dim) for name, w in stacks.items()})
+
+    def weights(self, member: str, task_ids: Tensor) -> Weights:
+        z = self.conditioning(task_ids)
+        w = {name: maker(z) for name, maker in self.makers.items()}  # (T, L or 1, m, n)
+        w = {name: x if name in ("qkv", "out", "up", "down") else x.squeeze(1) for name, x in w.items()}
+        gain, shift = w.pop("modulation").chunk(2, dim=1)  # each (T, 2L+1, d)
+        return modulated(w, 1 + gain, shift, self.shape.n_layers)
+
+    def rate_factor(self, name: str) -> float:
+        """As in projections: what is added to W learns slower, gains and shifts faster."""
+        part, _, rest = name.partition(".")
+        if part == "conditioning":
+            return self.conditioning.rate_factor(rest)
+        which, parameter = rest.split(".", 1)
+        return (4.0 if which == "modulation" else 1.0) * self.makers[which].rate_factor(parameter)
+
+
+def for_new_tasks(base: Universal | Hypernetwork, n_tasks: int, tune: str = "vector") -> Universal | Hypernetwork:
+    """A trained model of all tasks for some that it does not know, told of each what it is told of its own on average.
+
+    `tune`: `vector`, only what it is told of a task learns; `maps`, all of it. Raises ValueError for another, or where
+    the model is not told of its task by a learned vector.
+    """
+    model: Universal | Hypernetwork
+    if isinstance(base, Hypernetwork):
+        model, table = Hypernetwork(base.shape, n_tasks, base.conditioning.z_dim, base.family), "conditioning.table"
+    elif type(base) is Universal and base.conditioning != "none":
+        model = Universal(base.shape, n_tasks, base.conditioning)
+        table = "film" if base.conditioning == "film" else "task_embedding"
+    else:
+        allowed = ", ".join(CONDITIONINGS[1:])
+        raise ValueError(
+            f"{type(base).__name__} with {base.conditioning!r} conditioning; allowed for new tasks: {allowed}"
+        )
+    if tune not in ("vector", "maps"):
+        raise ValueError(f"unknown tune {tune!r}; allowed: vector, maps")
+    state = base.state_dict()
+    mean = state[table].mean(0, keepdim=True)
+    model.load_state_dict(state | {table: mean.repeat(n_tasks, *[1] * (mean.dim() - 1))})
+    if tune == "vector":
+        model.requires_grad_(False)
+        model.get_parameter(table).requires_grad_(True)
+    return model
 
 
 class Specialists(Model):

@@ -27,9 +27,10 @@ PRECISIONS = ("float32", "bfloat16")
 # what a config may say
 AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
 AT_LEAST_0 = ("warmup", "val_images", "patience")
-NO_START = ("universal", "support_universal", "hard_mixture", "masked_universal")
+NO_START = ("universal", "hypernetwork", "support_universal", "hard_mixture", "masked_universal")
 ONE_SIZE = (
     "universal",
+    "hypernetwork",
     "support_universal",
     "told",
     "distilled",
@@ -59,7 +60,7 @@ STARTS = {  # whose start is of one kind, and of the same data and source
 }
 OF_OTHER_DATA = {  # whose start may be of other data
     "told": ("support_universal",),
-    "adapted": ("projectable", "universal", "source", "distilled", "adapted"),
+    "adapted": ("projectable", "universal", "hypernetwork", "source", "distilled", "adapted"),
 }
 
 

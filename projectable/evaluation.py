@@ -79,25 +79,39 @@ def t_interval(values, level: float = 0.95) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def crossed_bootstrap(losses: pd.DataFrame, rival: str, ours: str, draws: int = 4000, seed: int = 0):
+def crossed_bootstrap(
+    losses: pd.DataFrame, rival: str, ours: str, by: str = "task", draws: int = 4000, seed: int = 0
+) -> tuple[float, float, float]:
     """(mean, low, high): gap and 95 % interval, nats per token, where seeds *and* tasks are samples: both are redrawn.
 
-    `losses` of one size: arm, seed, task, loss. Raises ValueError where a seed lacks a task, or sizes are several.
+    `losses` of one size: arm, seed, task, loss. Tasks are redrawn by what they have in common in the column `by`, all
+    of it with each draw. The interval is Student's t around the gap, by the bootstrap's deviation times √(n/(n−1)) with
+    n − 1 degrees of freedom, n the smaller number of seeds and groups: quantiles of few draws are too narrow. Raises
+    ValueError where a seed lacks a task, sizes are several, or there are fewer than two seeds or groups.
     """
     if "d_s" in losses and losses["d_s"].nunique() > 1:
         raise ValueError(f"losses of sizes {sorted(losses['d_s'].unique().tolist())}; allowed: of one size")
+    from scipy import stats
+
     wide = losses.pivot_table(index=["seed", "task"], columns="arm", values="loss")[[rival, ours]].dropna()
-    gap = (wide[rival] - wide[ours]).unstack("task").to_numpy()  # (seeds, tasks)
+    table = (wide[rival] - wide[ours]).unstack("task")
+    gap = table.to_numpy()  # (seeds, tasks)
     if np.isnan(gap).any():
         raise ValueError(
             f"{int(np.isnan(gap).sum())} pairs of seed and task are missing; allowed: every seed has every task"
         )
+    member = losses.drop_duplicates("task").set_index("task")[by] if by != "task" else table.columns.to_series()
+    in_group = pd.get_dummies(member.loc[table.columns]).to_numpy(float)  # (tasks, groups)
+    sums, counts = gap @ in_group, in_group.sum(0)  # (seeds, groups), (groups,)
+    (n_seeds, n_groups), n = sums.shape, min(sums.shape)
+    if n < 2:
+        raise ValueError(f"{n_seeds} seeds and {n_groups} groups of tasks; allowed: two of each or more")
     rng = np.random.default_rng(seed)
-    n_seeds, n_tasks = gap.shape
     seeds = rng.integers(n_seeds, size=(draws, n_seeds))
-    tasks = rng.integers(n_tasks, size=(draws, n_tasks))
-    means = gap[seeds[:, :, None], tasks[:, None, :]].mean((1, 2))
-    return float(gap.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975]))
+    groups = rng.integers(n_groups, size=(draws, n_groups))
+    means = sums[seeds[:, :, None], groups[:, None, :]].mean(1).sum(1) / counts[groups].sum(1)
+    half = stats.t.ppf(0.975, n - 1) * means.std(ddof=1) * math.sqrt(n / (n - 1))
+    return float(gap.mean()), float(gap.mean() - half), float(gap.mean() + half)
 
 
 def verdict(ci_low: float, ci_high: float, seeds: int, above: float = 0.0, min_seeds: int = 3) -> str:
@@ -120,12 +134,12 @@ def judge(values, above: float = 0.0) -> dict:
 def judge_sampled(losses: pd.DataFrame, rival: str, ours: str, by: str = "task") -> dict:
     """`judge` of the gap between two arms where tasks are a sample: the interval also covers `crossed_bootstrap`'s.
 
-    `losses` of one size, as in `paired_gaps`; redrawn are tasks, or what another column groups them by, each group
-    counting alike.
+    `losses` of one size, as in `paired_gaps`; redrawn are tasks, or what another column groups them by.
     """
     found = judge(paired_gaps(losses, rival, ours).gap)
-    groups = losses.groupby(["arm", "seed", by]).loss.mean().rename_axis(["arm", "seed", "task"]).reset_index()
-    _, low, high = crossed_bootstrap(groups, rival, ours)
+    if found["seeds"] < 2:
+        return found
+    _, low, high = crossed_bootstrap(losses, rival, ours, by)
     ends = min(found["ci_low"], low), max(found["ci_high"], high)
     return found | dict(ci_low=ends[0], ci_high=ends[1], verdict=verdict(*ends, found["seeds"]))
 
@@ -220,15 +234,24 @@ def generation_cost(model: Projectable, member: str, repeats: int = 30) -> dict:
 
 
 def steps_worth(steps, losses, loss: float) -> float:
-    """The steps after which training that reaches `losses` after `steps` would reach `loss`: linear in log(steps).
+    """The steps after which training that reaches `losses` after `steps` would reach `loss`.
 
-    Infinite where even the longest does not reach it; the shortest where already that does.
+    Between them a monotone cubic in log(steps) (PCHIP): losses fall ever slower, so that a straight line would say too
+    many. Infinite where even the longest does not reach it; the shortest where already that does.
     """
+    from scipy.interpolate import PchipInterpolator
+    from scipy.optimize import brentq
+
     x, y = np.log(np.asarray(steps, float)), np.minimum.accumulate(np.asarray(losses, float))
     if loss < y[-1]:
         return math.inf
     gains = np.diff(y, prepend=math.inf) < 0  # more steps that are no better count for nothing
-    return float(np.exp(np.interp(-loss, -y[gains], x[gains])))
+    x, y = x[gains], y[gains]
+    if loss >= y[0]:
+        return float(np.exp(x[0]))
+    curve = PchipInterpolator(x, y)
+    least = max(loss, float(curve(x[-1])))  # rounding apart the last loss
+    return float(np.exp(brentq(lambda at: curve(at) - least, x[0], x[-1])))
 
 
 def seconds_to(run: Run, member: str, loss: float) -> float:

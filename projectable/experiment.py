@@ -38,6 +38,7 @@ from .baselines import (
     Distilled,
     DistilledSpecialists,
     HardMixture,
+    Hypernetwork,
     Model,
     Specialists,
     SupportUniversal,
@@ -213,6 +214,10 @@ def _support_universal(config: RunConfig, data: TaskData, start: None, condition
     return SupportUniversal(shape, data.first("train", 16), conditioning=conditioning)
 
 
+def _hypernetwork(config: RunConfig, data: TaskData, start: None, **options) -> Model:
+    return Hypernetwork(config.shape(data.codebook.length, *config.sizes), data.n_tasks, **options)
+
+
 def _told(config: RunConfig, data: TaskData, start: SupportUniversal) -> Model:
     return start.told_of(data.first("train", 16))
 
@@ -246,8 +251,10 @@ def _cut(config: RunConfig, data: TaskData, start: Universal, p0: str) -> Model:
     return _specialists(config, data, whole)
 
 
-def _adapted(config: RunConfig, data: TaskData, start: Universal | Projectable, tune: str = "vector") -> Model:
-    if isinstance(start, Universal):
+def _adapted(
+    config: RunConfig, data: TaskData, start: Universal | Hypernetwork | Projectable, tune: str = "vector"
+) -> Model:
+    if not isinstance(start, Projectable):
         return for_new_tasks(start, data.n_tasks, tune)
     return Adapted(start, data.n_tasks, config.sizes, data.first("train", 16), tune)
 
@@ -297,6 +304,7 @@ TELL: dict[str, Callable[..., Any]] = {  # what a conditioning may need to be to
 MODELS: dict[str, Callable[..., Model]] = {
     "source": _source,
     "universal": _universal,
+    "hypernetwork": _hypernetwork,
     "support_universal": _support_universal,
     "told": _told,  # a support_universal for tasks that it has not seen
     "distilled": _distilled,
@@ -304,7 +312,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     "distilled_specialists": _distilled_specialists,
     "tuned": _specialists,  # specialists that start from projected models
     "cut": _cut,  # specialists that start from a source cut to their width, its maps' start left as it is
-    "adapted": _adapted,  # a projectable or universal model for tasks that it has not seen
+    "adapted": _adapted,  # a projectable or universal model or a hypernetwork for tasks that it has not seen
     "projectable": _projectable,
     "hard_mixture": _hard_mixture,
     "masked_source": _source,  # of the family that fills in masked tokens: their shapes say so

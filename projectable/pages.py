@@ -390,10 +390,11 @@ PAPERS = re.compile(r"headline\.(d\d+|widens\..+)|source\.kept|transfer\.(glyphs
 FIGURES = {  # what shows a claim, by how its id begins; others: the first figure of their notebook
     r"headline\.d\d": "headline",
     r"headline\.widens": "gap",
+    r"headline\.hypernetwork": "headline",
     r"headline": "gaps",
     r"explained\.(source|task)": "control_gaps",
-    r"transfer\.(source\.)?glyphs": "transfer_gaps_glyphs",
-    r"transfer\.(source\.)?classes": "transfer_gaps_classes",
+    r"transfer\.((source|hypernetwork)\.)?glyphs": "transfer_gaps_glyphs",
+    r"transfer\.((source|hypernetwork)\.)?classes": "transfer_gaps_classes",
     r"transfer\.growth": "growth",
     r"transfer\.support.*glyphs": "transfer_support_glyphs",
     r"transfer\.support.*classes": "transfer_support_classes",

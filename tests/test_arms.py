@@ -11,7 +11,7 @@ from conftest import DIGITS, randomise, tiny, tiny_projectable
 
 from projectable import arms, experiment
 from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, MIDDLES, UNIVERSALS, Scarce, Study, at_size
-from projectable.baselines import SupportUniversal, Universal, for_new_tasks
+from projectable.baselines import Hypernetwork, SupportUniversal, Universal, for_new_tasks
 from projectable.config import get_profile
 from projectable.projection import Adapted
 from projectable.training import DivergedError
@@ -335,13 +335,19 @@ def test_every_arm_is_in_one_place_and_starts_somewhere():
 # -------------------------------------------------------------------------------------------------- new tasks
 
 
-@pytest.mark.parametrize("conditioning", ["token", "additive", "film", "adaln"])
-def test_a_universal_model_for_new_tasks_starts_at_the_mean_of_those_it_knows(shape, conditioning):
-    known = randomise(Universal(shape, 3, conditioning))
+@pytest.mark.parametrize("conditioning", ["token", "additive", "film", "adaln", "hypernetwork"])
+def test_a_model_for_new_tasks_starts_at_the_mean_of_those_it_knows(shape, conditioning):
+    def of_tasks(n):
+        return (
+            Hypernetwork(shape, n, 3, "LowRank")
+            if conditioning == "hypernetwork"
+            else Universal(shape, n, conditioning)
+        )
+
+    known, mean = randomise(of_tasks(3)), of_tasks(1)
     new = for_new_tasks(known, 5)
     ids = torch.arange(5)
-    mean = Universal(shape, 1, conditioning)
-    table = "film" if conditioning == "film" else "task_embedding"
+    table = dict(film="film", hypernetwork="conditioning.table").get(conditioning, "task_embedding")
     state = known.state_dict()
     mean.load_state_dict(state | {table: state[table].mean(0, keepdim=True)})
     for name, w in new.weights("d16", ids).items():

@@ -11,10 +11,12 @@ from projectable.baselines import (
     Distilled,
     DistilledSpecialists,
     HardMixture,
+    Hypernetwork,
     Specialists,
     Universal,
     group_tasks,
 )
+from projectable.generators import Linear
 from projectable.training import make_optimizer
 from projectable.transformer import embed, forward, hidden, rms_norm, task_losses
 
@@ -140,6 +142,36 @@ def test_training_the_specialist_leaves_the_universal_model_alone(shape, tokens)
         for parameter in specialists.parameters():
             parameter.add_(1)
     assert all(torch.equal(before[name], w) for name, w in model.state_dict().items())
+
+
+def test_a_hypernetwork_makes_the_small_weights_itself(shape, tokens):
+    torch.manual_seed(0)
+    model, ids = Hypernetwork(shape, T, z_dim=3), torch.arange(T)
+    weights = model.weights("d16", ids)
+    for name, size in shape.weight_shapes().items():
+        assert weights[name].shape == (T, *size) and torch.equal(weights[name][0], weights[name][1]), (
+            "alike at the start"
+        )
+    film = Universal(shape, T, "film").weights("d16", ids)
+    assert weights.keys() == film.keys(), "what is deployed is what FiLM deploys: biases beside the plain weights"
+    base = sum(maker.base.numel() for maker in model.makers.values())
+    assert sum(p.numel() for p in model.parameters()) == 4 * base + 3 * T, "W, three directions, and a vector a task"
+    optimizer = make_optimizer(model, {"d16": 1e-2}, 0.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.losses(ids, tokens)["d16"].sum().backward()
+        optimizer.step()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+    apart = model.weights("d16", ids)
+    assert all((w[0] != w[1]).any() for w in apart.values()), "every weight depends on the task"
+    some = model.weights("d16", torch.tensor([3, 1]))
+    for name, w in apart.items():
+        torch.testing.assert_close(some[name][1], w[1])
+    assert model.rate_factor("makers.modulation.base") == 4.0 == model.rate_factor("makers.qkv.base") * 4
+    assert model.rate_factor("makers.up.directions") == Linear.rates["directions"]
+    assert model.rate_factor("conditioning.table") == 1.0
+    with pytest.raises(ValueError, match="unknown generator 'Cubic'; allowed: Slice, Static"):
+        Hypernetwork(shape, T, family="Cubic")
 
 
 def test_tasks_that_look_alike_are_grouped():

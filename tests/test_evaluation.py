@@ -64,29 +64,40 @@ def test_a_judgement_is_the_interval_and_its_verdict():
 def test_the_crossed_bootstrap_is_wider_where_tasks_differ():
     same = table(rival=[[1.0] * 8] * 5, ours=[[0.9] * 8] * 5)
     assert evaluation.crossed_bootstrap(same, "rival", "ours") == pytest.approx((0.1, 0.1, 0.1))
+    with pytest.raises(ValueError, match="1 seeds and 8 groups of tasks; allowed: two of each or more"):
+        evaluation.crossed_bootstrap(same[same.seed == 0], "rival", "ours")
     by_task = table(rival=[[1.0] * 8] * 5, ours=[[0.8, 1.0] * 4] * 5)  # gaps 0.2 and 0, alike for all seeds
     mean, low, high = evaluation.crossed_bootstrap(by_task, "rival", "ours")
-    # redrawing 8 tasks: standard deviation 0.1/√8, 2.5 % points near 1.96 of them
-    assert mean == pytest.approx(0.1) and (high - low) / 2 == pytest.approx(1.96 * 0.1 / math.sqrt(8), rel=0.15)
+    # redrawing 8 tasks: standard deviation 0.1/√8; Student's t of the five seeds' four degrees of freedom
+    half = 2.7764 * 0.1 / math.sqrt(8) * math.sqrt(5 / 4)
+    assert mean == pytest.approx(0.1) and (high - low) / 2 == pytest.approx(half, rel=0.05)
     gaps = evaluation.paired_gaps(by_task, "rival", "ours").gap
     assert evaluation.t_interval(gaps)[1] == pytest.approx(0.1), "the t interval over seeds does not see that"
 
 
 def test_where_tasks_are_sampled_the_wider_interval_decides():
-    by_task = table(rival=[[1.0] * 8] * 5, ours=[[0.7, 1.0] * 4] * 5)  # gaps 0.3 and 0, for all seeds
+    by_task = table(rival=[[1.0] * 8] * 5, ours=[[0.7, 0.9] * 4] * 5)  # gaps 0.3 and 0.1, for all seeds
     alone = evaluation.judge(evaluation.paired_gaps(by_task, "rival", "ours").gap)
-    assert (alone["ci_low"], alone["ci_high"]) == pytest.approx((0.15, 0.15))
+    assert (alone["ci_low"], alone["ci_high"]) == pytest.approx((0.2, 0.2))
     found = evaluation.judge_sampled(by_task, "rival", "ours")
     _, low, high = evaluation.crossed_bootstrap(by_task, "rival", "ours")
     assert found == alone | dict(ci_low=low, ci_high=high) and low > 0 and found["verdict"] == "reproduced"
-    two = by_task.assign(script=by_task.task.isin(sorted(by_task.task.unique())[::2]))  # gaps 0.3 and 0 again
-    found = evaluation.judge_sampled(two, "rival", "ours", by="script")
-    assert (found["ci_low"], found["ci_high"]) == pytest.approx((0, 0.3)) and found["verdict"] == "inconclusive"
+    two = by_task.assign(script=by_task.task.isin(sorted(by_task.task.unique())[::2]))  # gaps 0.3 and 0.1 again
+    found = evaluation.judge_sampled(two, "rival", "ours", by="script")  # deviation 0.1/√2, one degree of freedom
+    assert found["ci_high"] - found["value"] == pytest.approx(12.706 * 0.1, rel=0.05)
+    assert found["verdict"] == "inconclusive" and found["value"] == pytest.approx(0.2)
+    tasks = sorted(by_task.task.unique())
+    uneven = by_task.assign(script=by_task.task.where(by_task.task.isin(tasks[:3]), "other"))  # 1, 1, 1 and 5 tasks
+    assert evaluation.judge_sampled(uneven, "rival", "ours", by="script")["value"] == alone["value"], (
+        "tasks count alike"
+    )
     per_seed = [[0.9 - 0.1 * seed] * 8 for seed in range(5)]  # here the seeds differ
     noisy = table(rival=[[1.0] * 8] * 5, ours=per_seed)
-    assert evaluation.judge_sampled(noisy, "rival", "ours") == evaluation.judge(
-        evaluation.paired_gaps(noisy, "rival", "ours").gap
+    found, alone = (
+        evaluation.judge_sampled(noisy, "rival", "ours"),
+        evaluation.judge(evaluation.paired_gaps(noisy, "rival", "ours").gap),
     )
+    assert found["ci_low"] == pytest.approx(alone["ci_low"], rel=0.05) and found["verdict"] == alone["verdict"]
 
 
 def test_the_crossed_bootstrap_wants_every_task_of_one_size():
@@ -108,7 +119,10 @@ def test_the_width_that_matches():
 
 def test_the_steps_that_a_projection_is_worth():
     steps, losses = [100, 1000, 10_000], [2.0, 1.5, 1.4]
-    assert evaluation.steps_worth(steps, losses, 1.75) == pytest.approx(100 * math.sqrt(10))
+    worth = evaluation.steps_worth(steps, losses, 1.75)
+    assert 100 < worth < 100 * math.sqrt(10), "fewer than a straight line in log(steps) says: losses fall ever slower"
+    straight = evaluation.steps_worth([100, 1000, 10_000], [2.0, 1.5, 1.0], 1.75)
+    assert straight == pytest.approx(100 * math.sqrt(10)), "where they do not, as many"
     assert evaluation.steps_worth(steps, losses, 1.4) == pytest.approx(10_000)
     assert evaluation.steps_worth(steps, losses, 3.0) == pytest.approx(100)
     assert evaluation.steps_worth(steps, losses, 1.3) == math.inf

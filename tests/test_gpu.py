@@ -19,6 +19,7 @@ ARMS = {
     **{f"universal {name}": dict(options=(("conditioning", name),)) for name in ("token", "additive", "film", "adaln")},
     "specialists": dict(model="specialists"),
     "hard mixture": dict(model="hard_mixture"),
+    "hypernetwork": dict(model="hypernetwork"),
 }
 MAPS = [name for name in FAMILIES if name != "Slice"]  # which learns nothing but gains and shifts
 

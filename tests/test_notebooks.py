@@ -19,6 +19,7 @@ from projectable.config import get_profile
 pytestmark = [pytest.mark.slow, pytest.mark.notebook]
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SMOKE = get_profile("smoke")
+EXPLAINED = ("parameters", "modulated", "source", "task", "gains", "maps")
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +94,14 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
     small, middle, large = SMOKE.sizes
     expected = {f"headline.d{s}" for s in SMOKE.sizes} | {f"headline.specialists.d{s}" for s in SMOKE.sizes}
     expected |= {f"headline.widens.{small}_{middle}", f"headline.widens.{middle}_{large}", "source.kept"}
-    expected |= {f"headline.{rival}.d{s}" for rival in ("distilled", "matched") for s in SMOKE.sizes}
+    expected |= {f"headline.{of}.d{s}" for of in ("distilled", "matched", "hypernetwork", "each") for s in SMOKE.sizes}
+    expected.add("source.kept_whole")
     expected |= {f"headline.few_dims.d{small}", f"headline.clusters.d{small}"}
-    expected |= {f"explained.{what}.d{s}" for what in ("source", "task", "gains", "maps") for s in SMOKE.sizes}
+    expected |= {f"explained.{what}.d{s}" for what in EXPLAINED for s in SMOKE.sizes}
     by_size = (
         "direct.examples direct.compute direct.distilled direct.start direct.tuned direct.cut direct.cut_examples "
-        "direct.cut_compute stability.again stability.spread stability.agreement stability.source stability.smooth "
+        "direct.cut_start direct.cut_compute text.hypernetwork stability.again stability.spread "
+        "stability.agreement stability.source stability.smooth "
         "cost.generation text text.task source.width"
     ).split()
     of_two_sizes = (
@@ -111,7 +114,8 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
     expected |= {f"{id}.d{s}" for id in by_size for s in SMOKE.sizes} | {"cost.break_even"}
     expected |= {f"{id}.d{s}" for id in of_two_sizes for s in (small, large)}
     expected |= {f"conditioning.clusters{n}.d{small}" for n in (10, SMOKE.n_clusters)}
-    transfer = ("transfer", "transfer.support", "transfer.source", "transfer.support_source", "scarce", "scarce.source")
+    transfer = ("", ".support", ".source", ".support_source", ".hypernetwork")
+    transfer = [f"transfer{id}" for id in transfer] + ["scarce", "scarce.source"]
     expected |= {f"{id}.{world}.n5.d{small}" for id in transfer for world in ("glyphs", "classes")}
     widens = [f"{small}_{middle}", f"{middle}_{large}"]
     expected |= {f"{id}.widens.{pair}" for id in ("stability.again", "text") for pair in widens}
@@ -157,6 +161,7 @@ def test_what_notebooks_record_is_what_their_tables_say(reports):
 @pytest.mark.parametrize(
     "table, claim, rival, ours",
     [
+        ("controls", "explained.parameters", "universal", "static_token"),
         ("controls", "explained.source", "bank_trained", "projected"),
         ("controls", "explained.maps", "static_maps", "projected"),
         ("direct", "direct.examples", "specialists", "projected"),
