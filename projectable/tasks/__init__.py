@@ -127,7 +127,7 @@ class TaskData:
         """The whole order of training: task_ids (steps, T'), index (steps, T', B) into each task's images.
 
         Tasks take turns; each task's images come in a new random order every time that it has been through.
-        A pure function of its arguments: a resumed run, and every arm of one seed, sees the same batches.
+        A pure function of its arguments: a resumed run, and every arm of one seed and number of steps, sees the same.
         """
         rng = np.random.default_rng([seed, 1])
         n_tasks = self.n_tasks
