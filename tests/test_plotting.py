@@ -23,6 +23,7 @@ def test_colours_belong_to_families():
     assert plotting.colour("projected_linear") == plotting.colour("projected")
     assert plotting.colour("universal − projected") == plotting.colour("universal")
     assert plotting.colour("trained bank") == plotting.colour("control")
+    assert plotting.colour("hypernetwork without a source") == plotting.colour("control") != plotting.colour("source")
     assert plotting.colour("something else") == plotting.OTHER
     main = [
         plotting.colour(name) for name in ("projected", "universal", "specialist", "source", "mixture", "cut", "bank")
