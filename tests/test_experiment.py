@@ -126,7 +126,7 @@ def test_an_error_of_a_run_leaves_nothing_that_looks_finished(other_runs):
 
 
 def test_unknown_model(digits):
-    with pytest.raises(ValueError, match="unknown model 'oracle'; allowed: source, universal, support_universal, told"):
+    with pytest.raises(ValueError, match="unknown model 'oracle'; allowed: source, universal, hypernetwork, support_"):
         build(tiny(model="oracle"), digits)
 
 
@@ -143,6 +143,7 @@ def test_every_model_can_be_built_trained_and_loaded(universal, source):
         tiny_projectable(steps=2, options={"family": "LowRank", "z_dim": 2, "layout": "per_matrix", "rank": 2}),
         tiny_source(start=tiny_source(), steps=2),
         tiny(model="told", lr=(0.0,), start=tiny(model="support_universal", steps=2), steps=1),
+        tiny(model="adapted", start=tiny(model="hypernetwork", steps=2), steps=2, options=(("tune", "maps"),)),
     ):
         losses = run(config).test_losses()
         assert all(torch.isfinite(x).all() for x in losses.values()), config.model

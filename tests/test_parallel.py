@@ -140,9 +140,13 @@ def test_ctrl_c_ends_jobs(other_runs, tmp_path):
         said = child.communicate()[1]
     assert child.returncode == 130, said
     assert said.splitlines()[-1] == "stopped: the same command goes on from the last checkpoint"
-    step = load_tensors(checkpoint)[1]["step"]
-    time.sleep(1.5)  # twenty steps take less
-    assert load_tensors(checkpoint)[1]["step"] <= step + 40, "the job still trains"
+    for _ in range(10):  # the job is told to end, and may take a moment
+        step = load_tensors(checkpoint)[1]["step"]
+        time.sleep(1.5)  # twenty steps take less
+        if load_tensors(checkpoint)[1]["step"] == step:
+            break
+    else:
+        pytest.fail("the job still trains")
     assert step >= 20 and not is_done(config)
 
 
