@@ -387,7 +387,7 @@ def notebook_html(
 PAPERS = re.compile(r"headline\.(d\d+|widens\..+)|source\.kept|transfer\.(glyphs|classes)\..+|generators\.sizes\..+")
 
 
-FIGURES = {  # what shows a claim, by how its id begins; others: the first figure of their notebook
+FIGURES = {  # what shows a claim, by how its id begins, the first there is; others: the first figure of their notebook
     r"headline\.d\d": "headline",
     r"headline\.widens": "gap",
     r"headline\.hypernetwork": "headline",
@@ -400,6 +400,8 @@ FIGURES = {  # what shows a claim, by how its id begins; others: the first figur
     r"transfer\.support.*classes": "transfer_support_classes",
     r"scarce\..*glyphs": "transfer_scarce_glyphs",
     r"scarce\..*classes": "transfer_scarce_classes",
+    r"(transfer|scarce)\..*glyphs": "transfer_glyphs",
+    r"(transfer|scarce)\..*classes": "transfer_classes",
     r"direct\.(start|tuned)": "direct_training",
     r"generators\.(?!family|source)": "factors",
     r"stability\.(agreement|source)": "agreement",
@@ -494,7 +496,7 @@ def index_html(
     thumbs = {}
     for claim in claims:
         fits = [name for start, name in FIGURES.items() if re.match(start, claim["id"])]
-        shown = [figures / f"{name}.png" for name in [*fits[:1], first.get(claim["notebook"], "")]]
+        shown = [figures / f"{name}.png" for name in [*fits, first.get(claim["notebook"], "")]]
         thumbs[claim["id"]] = next((data_uri(path, 288) for path in shown if path.exists()), None)
     groups = claim_groups(claims)
     refuted = [claim for claim in claims if claim["verdict"] == "not reproduced"]
