@@ -478,6 +478,7 @@ class Jobs:
         self.executor.update_parameters(**parameters)
         self.threads = ThreadPoolExecutor(at_once if executor == "local" else 500)
         self.jobs: set[Any] = set()
+        self.told: set[Any] = set()  # to end, once: a second signal stops submitit from ending it
         self.cancelled = Event()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
@@ -492,7 +493,8 @@ class Jobs:
         try:
             while not job.done():
                 if self.cancelled.wait(0.5):  # a job that was ended has no result, for which submitit would wait
-                    job.cancel()  # this one may have come too late for `cancel` to know of it
+                    if job not in self.told:  # it came too late for `cancel` to know of it
+                        job.cancel()
                     raise CancelledError
             return job.result()
         except (FailedJobError, UncompletedJobError) as error:
@@ -505,6 +507,7 @@ class Jobs:
     def cancel(self) -> None:
         """End all jobs, and see them end; what they had is in their checkpoints."""
         jobs = list(self.jobs)
+        self.told |= {*jobs}
         self.cancelled.set()
         self.threads.shutdown(wait=False, cancel_futures=True)
         for job in jobs:
