@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -142,6 +142,26 @@ def judge_sampled(losses: pd.DataFrame, rival: str, ours: str, by: str = "task")
     _, low, high = crossed_bootstrap(losses, rival, ours, by)
     ends = min(found["ci_low"], low), max(found["ci_high"], high)
     return found | dict(ci_low=ends[0], ci_high=ends[1], verdict=verdict(*ends, found["seeds"]))
+
+
+def compare(
+    losses: pd.DataFrame,
+    questions: dict[str, tuple[str, str, str]],
+    words: Callable[[str], str] = str,
+    unit: str = "nats per token",
+    by: str = "",
+) -> Iterator[dict]:
+    """Claims "the gap is above zero", judged at each size: what `Report.claim` takes, but for what they have in common.
+
+    `losses` as `loss_table` gives them. `questions`: (rival, ours, claim) by the start of an id, `{d_s}` in the claim
+    standing for the width. `words` says what an arm is called in the statistic. `by`: tasks are a sample, see
+    `judge_sampled`.
+    """
+    for id, (rival, ours, claim) in questions.items():
+        statistic = f"{words(rival)} − {words(ours)}, {unit}"
+        for d_s, gaps in paired_gaps(losses, rival, ours).groupby("d_s"):
+            found = judge_sampled(losses[losses.d_s == d_s], rival, ours, by) if by else judge(gaps.gap)
+            yield dict(id=f"{id}.d{d_s}", claim=claim.format(d_s=d_s), statistic=statistic, **found)
 
 
 def matching_width(sizes, universal, loss: float) -> float:

@@ -61,6 +61,22 @@ def test_a_judgement_is_the_interval_and_its_verdict():
     assert evaluation.judge([0.1, 0.11, 0.12], above=0.2)["verdict"] == "not reproduced"
 
 
+def test_questions_are_judged_at_every_size_that_both_arms_have():
+    wide = table(rival=[[1.0, 2.0]] * 3, ours=[[0.5, 1.9]] * 3, few=[[1.2, 2.4]] * 3)
+    losses = pd.concat([wide, wide[wide.arm != "few"].assign(d_s=16, loss=lambda x: x.loss / 2)])
+    asked = {"a": ("rival", "ours", "Ours of width {d_s} wins"), "b": ("rival", "few", "Few of {d_s} wins")}
+    found = list(evaluation.compare(losses, asked, str.upper, "nats per patch"))
+    assert [x["id"] for x in found] == ["a.d8", "a.d16", "b.d8"]
+    assert [x["value"] for x in found] == pytest.approx([0.3, 0.15, -0.3])
+    assert [x["verdict"] for x in found] == ["reproduced", "reproduced", "not reproduced"]
+    assert found[1]["claim"] == "Ours of width 16 wins" and found[1]["statistic"] == "RIVAL − OURS, nats per patch"
+    (sampled,) = evaluation.compare(wide, {"a": asked["a"]}, by="task")
+    assert {k: sampled[k] for k in ("value", "ci_low", "ci_high", "seeds", "verdict")} == evaluation.judge_sampled(
+        wide, "rival", "ours"
+    ), "where tasks are a sample the interval says so"
+    assert sampled["verdict"] == "inconclusive"
+
+
 def test_the_crossed_bootstrap_is_wider_where_tasks_differ():
     same = table(rival=[[1.0] * 8] * 5, ours=[[0.9] * 8] * 5)
     assert evaluation.crossed_bootstrap(same, "rival", "ours") == pytest.approx((0.1, 0.1, 0.1))
