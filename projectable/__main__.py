@@ -50,10 +50,15 @@ def reproduce(
 
     Example: projectable reproduce --only 15 -p folder /data/pets -p d_s 8
 
+    With parameters of your own the pages lie in build/<profile>/own_report/, or where PROJECTABLE_REPORTS says: the
+    reference stays.
+
     With an executor notebooks are jobs, and so is what they train. Ctrl-C ends it at once, with code 130.
     """
     if executor:
-        os.environ["PROJECTABLE_EXECUTOR"] = executor  # the notebooks' kernels inherit it
+        os.environ["PROJECTABLE_EXECUTOR"] = executor  # the notebooks' kernels inherit it, and what comes next
+    if parameters and not os.environ.get("PROJECTABLE_REPORTS"):
+        os.environ["PROJECTABLE_REPORTS"] = str(reporting.build_dir(profile) / "own_report")
     try:
         failed = reporting.reproduce(profile, only, executor or "", dict(parameters))
     except KeyboardInterrupt:

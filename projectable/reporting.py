@@ -4,7 +4,8 @@ Notable:
 - Inside a notebook, `Report` writes tables (CSV), figures (PNG), scraps and claims as data, and shows them.
 - `reproduce` runs every notebook in a fresh kernel, goes on after failures, and rebuilds the index each time.
 - Reports of the `laptop` profile lie in `reports/`, those of other profiles in a folder of their own below,
-  so that a smoke run never overwrites the reference. Executed notebooks lie in `build/<profile>/`.
+  so that a smoke run never overwrites the reference; with parameters of one's own they lie elsewhere (`reports_dir`).
+  Executed notebooks lie in `build/<profile>/`.
 - Every file is written atomically, a notebook's status last: it says that the page beside it is whole.
 - papermill only warns about an unknown parameter, here it is an error; the kernel is that of this very Python, reached
   over IPC; what a notebook prints is passed on, progress bars a state now and then.
@@ -48,14 +49,24 @@ def check_profile(profile: str) -> str:
 
 
 def reports_dir(profile: str) -> Path:
-    """Where the pages of a profile lie: `reports/` for laptop, `reports/<profile>/` for others."""
-    base = root() / "reports"
-    return base if check_profile(profile) == "laptop" else base / profile
+    """Where a profile's pages lie: `reports/` for laptop, `reports/<profile>/` for others, or PROJECTABLE_REPORTS."""
+    usual = root() / "reports" / ("" if check_profile(profile) == "laptop" else profile)
+    return Path(os.environ.get("PROJECTABLE_REPORTS") or usual)
+
+
+def is_reference(profile: str) -> bool:
+    """Whether pages are the reference run's: those of laptop, in their usual place."""
+    return profile == "laptop" and not os.environ.get("PROJECTABLE_REPORTS")
 
 
 def build_dir(profile: str) -> Path:
     """Where work files of a profile lie (executed notebooks, the lock)."""
     return root() / "build" / check_profile(profile)
+
+
+def executed_path(notebook: Path, profile: str) -> Path:
+    """Where a notebook's executed copy lies: beside pages that are somebody's own, else in `build_dir`."""
+    return (reports_dir if os.environ.get("PROJECTABLE_REPORTS") else build_dir)(profile) / notebook.name
 
 
 def notebook_paths() -> list[Path]:
@@ -305,7 +316,7 @@ def run_notebook(path: Path, profile: str, parameters: dict | None = None, among
     """
     parameters = {"profile": profile} | (parameters or {})
     check_parameters(path, parameters)
-    executed = build_dir(profile) / path.name
+    executed = executed_path(path, profile)
     status = Status(path.stem, notebook_title(path), profile, "running", device=this_device(), commit=current_commit())
     status.write()
     build_index(profile)
@@ -346,7 +357,7 @@ def render(path: Path, status: Status, among: list[str] | None = None) -> None:
 
     It leads to the pages before and after it, of those that are there or that are to come (`among`).
     """
-    executed = build_dir(status.profile) / path.name
+    executed = executed_path(path, status.profile)
     nb = read_notebook(executed if executed.exists() else path)
     outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
     status.figure = next((o.metadata["figure"] for o in outputs if "figure" in o.get("metadata", {})), "")
@@ -384,9 +395,9 @@ def build_index(profile: str) -> None:
     speed = list(csv.DictReader(bench.read_text(encoding="utf-8").splitlines())) if bench.exists() else []
     other = another_run(claims, reports / "results" / "claims_another_run.csv")
     profiles = []
-    if profile == "laptop" and (reports_dir("gpu") / "index.html").exists():
+    if is_reference(profile) and (reports_dir("gpu") / "index.html").exists():
         profiles.append(("The same with a larger source and more images, on a GPU", "gpu/index.html"))
-    elif profile != "laptop" and (reports_dir("laptop") / "index.html").exists():
+    elif profile != "laptop" and (reports.parent / "index.html").exists():
         profiles.append(("The reference run, of profile laptop", "../index.html"))
     html = pages.index_html(profile, claims, notebooks, reports / "figures", speed, other, profiles)
     write_atomically(reports / "index.html", html)
@@ -512,7 +523,7 @@ def reproduce(
                 print(f"        {status.error}", flush=True)
         merge_claims(profile)
         build_index(profile)
-    if profile == "laptop":
+    if is_reference(profile):
         write_readme_claims()
     print(f"reports: {reports_dir(profile) / 'index.html'}")
     if failed:
@@ -600,12 +611,12 @@ def report(profile: str) -> int:
     """Make the pages and the index again from the executed notebooks, without running anything."""
     count = 0
     with lock(profile):
-        executed = [path for path in notebook_paths() if (build_dir(profile) / path.name).exists()]
+        executed = [path for path in notebook_paths() if executed_path(path, profile).exists()]
         for path in executed:
             render(path, read_status(path, profile), [path.stem for path in executed])
             count += 1
         merge_claims(profile)
         build_index(profile)
-    if profile == "laptop":
+    if is_reference(profile):
         write_readme_claims()
     return count

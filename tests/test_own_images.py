@@ -403,11 +403,13 @@ def test_the_notebook_takes_a_folder(tmp_path, monkeypatch):
     notebook = shutil.copy(NOTEBOOK, tmp_path / "notebooks")
     monkeypatch.setenv("PROJECTABLE_ROOT", str(tmp_path))
     monkeypatch.setenv("PROJECTABLE_WORKERS", "1")  # starting others takes longer than these runs
+    own = tmp_path / "build" / "smoke" / "own_report"
+    monkeypatch.setenv("PROJECTABLE_REPORTS", str(own))  # as `reproduce -p` does
     status = reporting.run_notebook(Path(notebook), "smoke", {"folder": str(folder), "d_s": 8})
     assert (status.status, status.error) == ("ok", "")
-    own = tmp_path / "build" / "smoke" / "own_report"
     results = own / "results"
-    assert not (tmp_path / "reports" / "smoke" / "figures").exists(), "own pictures stay out of what git keeps"
+    assert not (tmp_path / "reports").exists(), "own pictures stay out of what git keeps"
+    assert (own / "15_your_own_data.html").exists() and (own / "15_your_own_data.ipynb").exists()
     found = json.loads((results / "15_your_own_data.json").read_text())
     assert (found["images"], found["broken"], found["size"]) == (120, 1, [8, 8, 3])
     losses = pd.read_csv(results / "own_losses.csv").set_index("class")

@@ -98,7 +98,7 @@ def ran(tmp_path_factory):
     ours["PYTHONPATH"] = str(Path(reporting.__file__).parents[1])
     command = [sys.executable, "-m", "projectable", "reproduce", "--profile", "smoke", "-p", "seeds", "7"]
     result = subprocess.run(command, env=os.environ | ours, capture_output=True, text=True)
-    return folder / "reports" / "smoke", result
+    return folder / "build" / "smoke" / "own_report", result  # for parameters of one's own were given
 
 
 class Addresses(HTMLParser):
@@ -136,7 +136,7 @@ def test_reproduce_goes_on_after_a_failure_and_names_it(ran):
 
 def test_kernels_have_what_takes_long_to_import_and_nothing_of_the_package(ran):
     reports, _ = ran
-    root = reports.parents[1]
+    root = reports.parents[2]
     facts = json.loads((root / "kernel.json").read_text())
     early = ["pandas", "seaborn", "torch"] if sys.platform == "linux" and not torch.cuda.is_available() else []
     backend = "module://matplotlib_inline.backend_inline"
@@ -169,11 +169,25 @@ def test_notebooks_as_jobs_leave_what_they_leave_in_order(project, monkeypatch):
     assert [c["id"] for c in json.loads((reports / "claims.json").read_text())] == ["c1"]
     assert "Small is &lt;beautiful&gt;" in (reports / "index.html").read_text()
     assert list((project / "runs" / "jobs").iterdir()), "they were jobs"
+    assert [p.name for p in reports.parent.iterdir()] == ["smoke"], "the reference reports are left alone"
 
 
-def test_smoke_run_leaves_the_reference_reports_alone(ran):
-    reports, _ = ran
-    assert [p.name for p in reports.parent.iterdir()] == ["smoke"]
+def test_parameters_of_ones_own_leave_all_usual_reports_alone(ran, project, monkeypatch):
+    reports, result = ran
+    root = reports.parents[2]
+    assert sorted(p.name for p in root.iterdir()) == ["build", "kernel.json", "notebooks", "runs"]
+    assert [p.name for p in reports.parent.glob("*.ipynb")] == [] and len(list(reports.glob("*.ipynb"))) == 3
+    assert result.stdout.splitlines()[-2] == f"reports: {reports / 'index.html'}"
+    (project / "README.md").write_text(readme := "a <!-- claims: x --> b <!-- /claims -->")
+    reporting.write_json(project / "reports" / "claims.json", claims := [dict(id="c1")])
+    write_notebook(project, "00_a")
+    monkeypatch.setattr(reporting, "run_notebook", lambda path, *_: Status(path.stem, "A", "laptop", "ok", 1.0))
+    with monkeypatch.context() as patch:
+        patch.setitem(os.environ, "PROJECTABLE_REPORTS", "")  # set by the command: not to stay
+        result = CliRunner().invoke(__main__.cli, ["reproduce", "-p", "seeds", "1"], catch_exceptions=False)
+    assert result.exit_code == 0 and (project / "build" / "laptop" / "own_report" / "index.html").exists()
+    assert json.loads((project / "reports" / "claims.json").read_text()) == claims
+    assert (project / "README.md").read_text() == readme
 
 
 def test_pages_load_nothing_and_run_nothing(ran):
