@@ -37,18 +37,18 @@ def at_size(lr: dict[int, float], size: int) -> float:
 
 @dataclass(frozen=True)
 class Arm:
-    """One contender. `lr`: the middle of its sweep, `at_size`."""
+    """One contender. `lr`: the middle of its sweep by width (`at_size`), where `MIDDLES` has none for it."""
 
     words: str  # as a legend shows it
     model: str
-    lr: dict[int, float]  # empty: that of the study's maps; zero: nothing is trained, nothing to sweep. Or: `MIDDLES`
+    lr: dict[int, float]  # empty: as the study's maps; zero: nothing is trained, nothing to sweep
     # source (the source alone), joint, both (as many examples as source and joint), half, matched (as much compute as
     # source and projections of all sizes), a share of both, or none: one at a rate of zero
     steps: str | float = "both"
     start: str = ""  # the arm whose run it starts from
     options: dict = field(default_factory=dict)
     max_seeds: int | None = None  # fewer seeds for arms that train long or came later; claims say how many
-    only: int | None = None  # of the profile's sizes the one in that place, where the arm is about that one
+    only: int | None = None  # the place of its one size among the study's, where the arm is about that one
     one_start: bool = False  # all seeds start from the first seed's run
 
 
@@ -70,7 +70,7 @@ class Maps:
 
     name: str
     options: dict
-    families: tuple[str, ...]  # of what z changes; the arms of one map for all tasks name another one here
+    families: tuple[str, ...]  # options that name the family of maps that depend on z: `static` arms name another
 
     @property
     def lr(self) -> dict[int, float]:
@@ -266,7 +266,7 @@ SUPPORTED = {
 _MIXTURE = {8: 5.6e-2, 16: 2.8e-2}
 MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", _MIXTURE, max_seeds=3)}
 EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS | CONDITIONED | SUPPORTED | MIXTURES
-# arms of a masked study, by the names of their twins
+# arms of a masked study: those that make sense without an order, so no task token
 MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected", *UNIVERSALS[1:])}
 
 

@@ -28,29 +28,7 @@ PRECISIONS = ("float32", "bfloat16")
 AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
 AT_LEAST_0 = ("warmup", "val_images", "patience")
 NO_START = ("universal", "hypernetwork", "support_universal", "hard_mixture", "masked_universal")
-ONE_SIZE = (
-    "universal",
-    "hypernetwork",
-    "support_universal",
-    "told",
-    "distilled",
-    "specialists",
-    "distilled_specialists",
-    "tuned",
-    "cut",
-    "hard_mixture",
-    "masked_universal",
-)
-NEED_START = (
-    "told",
-    "distilled",
-    "distilled_specialists",
-    "tuned",
-    "cut",
-    "adapted",
-    "projectable",
-    "masked_projectable",
-)
+ONE_SIZE = (*NO_START, "told", "distilled", "specialists", "distilled_specialists", "tuned", "cut")
 STARTS = {  # whose start is of one kind, and of the same data and source
     "projectable": "source",
     "masked_projectable": "masked_source",
@@ -62,6 +40,7 @@ OF_OTHER_DATA = {  # whose start may be of other data
     "told": ("support_universal",),
     "adapted": ("projectable", "universal", "hypernetwork", "source", "distilled", "adapted"),
 }
+NEED_START = (*STARTS, *OF_OTHER_DATA, "distilled_specialists")
 
 
 def _at_least(config, least: int, *names: str) -> None:

@@ -25,9 +25,9 @@ from .transformer import Products, forward, task_losses
 
 
 def side_by_side(function: Callable, things: Iterable) -> list:
-    """A function of each, in order, at once on the machine's cores: for what works on one, as small models do.
+    """`[function(x) for x in things]`, in threads of one core each: for what small models compute.
 
-    In threads: whoever wants no gradients says so within the function.
+    Whoever wants no gradients says so within the function.
     """
     with ThreadPoolExecutor(workers(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(function, things))
@@ -67,21 +67,19 @@ def paired_gaps(losses: pd.DataFrame, rival: str, ours: str) -> pd.DataFrame:
     return gap.rename("gap").reset_index()
 
 
-def t_interval(values, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and the ends of its interval by Student's t; NaN ends for fewer than two values."""
+def t_interval(values) -> tuple[float, float, float]:
+    """Mean and the ends of its 95 % interval by Student's t; NaN ends for fewer than two values."""
     from scipy import stats
 
     values = np.asarray(values, dtype=float)
     mean = float(values.mean())
     if len(values) < 2:
         return mean, math.nan, math.nan
-    half = float(stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
     return mean, mean - half, mean + half
 
 
-def crossed_bootstrap(
-    losses: pd.DataFrame, rival: str, ours: str, by: str = "task", draws: int = 4000, seed: int = 0
-) -> tuple[float, float, float]:
+def crossed_bootstrap(losses: pd.DataFrame, rival: str, ours: str, by: str = "task") -> tuple[float, float, float]:
     """(mean, low, high): gap and 95 % interval, nats per token, where seeds *and* tasks are samples: both are redrawn.
 
     `losses` of one size: arm, seed, task, loss. Tasks are redrawn by what they have in common in the column `by`, all
@@ -106,7 +104,7 @@ def crossed_bootstrap(
     (n_seeds, n_groups), n = sums.shape, min(sums.shape)
     if n < 2:
         raise ValueError(f"{n_seeds} seeds and {n_groups} groups of tasks; allowed: two of each or more")
-    rng = np.random.default_rng(seed)
+    rng, draws = np.random.default_rng(0), 4000
     seeds = rng.integers(n_seeds, size=(draws, n_seeds))
     groups = rng.integers(n_groups, size=(draws, n_groups))
     means = sums[seeds[:, :, None], groups[:, None, :]].mean(1).sum(1) / counts[groups].sum(1)
@@ -114,12 +112,12 @@ def crossed_bootstrap(
     return float(gap.mean()), float(gap.mean() - half), float(gap.mean() + half)
 
 
-def verdict(ci_low: float, ci_high: float, seeds: int, above: float = 0.0, min_seeds: int = 3) -> str:
+def verdict(ci_low: float, ci_high: float, seeds: int, above: float = 0.0) -> str:
     """The rule for a claim "the statistic is above `above`", by its 95 % interval.
 
-    reproduced: the interval lies above; not reproduced: it lies below; inconclusive: neither, or too few seeds.
+    reproduced: the interval lies above; not reproduced: below; inconclusive: neither, or fewer than three seeds.
     """
-    if seeds < min_seeds or math.isnan(ci_low):
+    if seeds < 3 or math.isnan(ci_low):
         return "inconclusive"
     return "reproduced" if ci_low > above else "not reproduced" if ci_high < above else "inconclusive"
 
@@ -151,7 +149,7 @@ def compare(
     unit: str = "nats per token",
     by: str = "",
 ) -> Iterator[dict]:
-    """Claims "the gap is above zero", judged at each size: what `Report.claim` takes, but for what they have in common.
+    """Claims "the gap is above zero", judged at each size: arguments of `Report.claim`, but for `tasks` and origin.
 
     `losses` as `loss_table` gives them. `questions`: (rival, ours, claim) by the start of an id, `{d_s}` in the claim
     standing for the width. `words` says what an arm is called in the statistic. `by`: tasks are a sample, see
@@ -175,9 +173,9 @@ def matching_width(sizes, universal, loss: float) -> float:
 
 
 @torch.no_grad()
-def swap_losses(model: Model, member: str, data: TaskData, per_task: int = 100, split: str = "test") -> Tensor:
-    """Nats per token of every image under every task's model: (T models, T tasks, n images)."""
-    tokens = data.first(split, per_task)  # (T, n, N)
+def swap_losses(model: Model, member: str, data: TaskData, per_task: int = 100) -> Tensor:
+    """Nats per token of test images under every task's model: (T models, T tasks, n images)."""
+    tokens = data.first("test", per_task)  # (T, n, N)
     n_tasks, n, length = tokens.shape
     weights = model.weights(member, torch.arange(n_tasks))
     losses = torch.empty(n_tasks, n_tasks, n)
@@ -196,9 +194,9 @@ def naming_accuracy(losses: Tensor) -> float:
 
 
 @torch.no_grad()
-def disagreement(models: list[Model], member: str, data: TaskData, per_task: int = 40, split: str = "test") -> Tensor:
+def disagreement(models: list[Model], member: str, data: TaskData, per_task: int = 40) -> Tensor:
     """KL of each model's predictions from each other's on images of their task: (M, M), nats per token."""
-    tokens = data.first(split, per_task)
+    tokens = data.first("test", per_task)
     ids = torch.arange(data.n_tasks)
     log_p = [forward(m.weights(member, ids), tokens, m.shape.d_head).log_softmax(-1) for m in models]
     return torch.stack(
@@ -281,12 +279,12 @@ def seconds_to(run: Run, member: str, loss: float) -> float:
     return run.result["seconds"] * min(reached, default=math.inf) / rows[-1]["step"]
 
 
-def deviation_ratio(a, b, level: float = 0.95) -> tuple[float, float, float]:
-    """Standard deviation of a over that of b, and its interval by the F distribution."""
+def deviation_ratio(a, b) -> tuple[float, float, float]:
+    """Standard deviation of a over that of b, and its 95 % interval by the F distribution."""
     from scipy import stats
 
     ratio = float(np.var(a, ddof=1) / np.var(b, ddof=1))
-    f = [stats.f.ppf(0.5 + sign * level / 2, len(a) - 1, len(b) - 1) for sign in (1, -1)]
+    f = [stats.f.ppf(at, len(a) - 1, len(b) - 1) for at in (0.975, 0.025)]
     return ratio**0.5, (ratio / f[0]) ** 0.5, (ratio / f[1]) ** 0.5
 
 

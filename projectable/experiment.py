@@ -327,8 +327,8 @@ TAUGHT = {"distilled": "universal", "distilled_specialists": "specialists"}  # w
 def operations(config: RunConfig) -> float:
     """Multiply-adds of a run's training, its start and the generation of a projectable's models included.
 
-    Of matrix products alone. Forward and backward count as three forward passes; a frozen source's inner pass does not
-    exist. A masked model counts as its causal twin: its attention costs twice as much, its head half.
+    Of matrix products alone. Forward and backward count as three forward passes; a source that is not trained makes no
+    pass of its own. A masked model counts as its causal twin: its attention costs twice as much, its head half.
     """
     data = data_for(config.data)
     length = data.codebook.length
@@ -367,7 +367,7 @@ def _generation(config: RunConfig, n_tasks: int) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, or one that diverged: that has a result only."""
+    """A config and its folder, trained or not; of a run that diverged there is a `result` only."""
 
     config: RunConfig
     folder: Path
@@ -570,7 +570,7 @@ def _work(config: RunConfig, folder: Path, test: bool, threads: int = 0) -> None
 def _pool(runs: Path, executor: str, said: str):
     """The workers for that folder of runs, kept between calls: importing torch takes longer than a small run.
 
-    And a queue of the operations that they have done. `said` is PROJECTABLE_WORKERS: with another one there are others.
+    And a queue of the operations that they have done. `said`, PROJECTABLE_WORKERS, is there for the cache alone.
     """
     if executor:
         return Jobs(executor, runs / "jobs", workers()), SimpleQueue()

@@ -81,8 +81,8 @@ def check_parameters(path: Path, parameters: dict) -> None:
         raise ReportError(f"{path.name}: unknown parameter {', '.join(unknown)}; allowed: {', '.join(assigned)}")
 
 
-def literal(words: str):
-    """A parameter's value as a command line gives it: a number, a list, True …; else the words themselves."""
+def literal(words: str | ast.expr):
+    """A parameter's value from words of a command line or a part of code: a number, a list …; else these themselves."""
     try:
         return ast.literal_eval(words)
     except (ValueError, SyntaxError):
@@ -98,7 +98,7 @@ def check_stored(path: Path) -> None:
     lines = _parameter_lines(path, nb)
     for line in lines:
         value = line.value if isinstance(line, ast.Assign | ast.AnnAssign) else None
-        if value is None or not _is_literal(value) or len(_assigned(line)) != 1:
+        if value is None or literal(value) is value or len(_assigned(line)) != 1:
             raise ReportError(f"{path.name}: `{ast.unparse(line)}` among the parameters; allowed: name = literal")
     first = _assigned(lines[0])[0] if lines else "missing"
     if first != "profile":
@@ -107,14 +107,6 @@ def check_stored(path: Path) -> None:
     if ran:
         strip = f"jupyter nbconvert --clear-output --inplace {path}"
         raise ReportError(f"{path.name}: cell {', '.join(ran)} is stored with its run; `{strip}` strips it")
-
-
-def _is_literal(value: ast.expr) -> bool:
-    try:
-        ast.literal_eval(value)
-    except ValueError:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------- values for people
@@ -387,7 +379,7 @@ def notebook_html(
 PAPERS = re.compile(r"headline\.(d\d+|widens\..+)|source\.kept|transfer\.(glyphs|classes)\..+|generators\.sizes\..+")
 
 
-FIGURES = {  # what shows a claim, by how its id begins, the first there is; others: the first figure of their notebook
+FIGURES = {  # start of a claim's id: its figure, the first that is there; of others the first one of their notebook
     r"headline\.d\d": "headline",
     r"headline\.widens": "gap",
     r"headline\.hypernetwork": "headline",
@@ -472,7 +464,7 @@ def _template(name: str):
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
-    environment.filters.update(interval=interval, duration=duration, trained=trained, when=when, number=number)
+    environment.filters.update(interval=interval, duration=duration, trained=trained, when=when)
     environment.filters.update(families=claim_families, counted=counted, slug=lambda words: words.replace(" ", "-"))
     environment.filters["short"] = short
     return environment.get_template(name)

@@ -32,7 +32,7 @@ from typing import Any
 
 from projectable import pages
 from projectable.pages import ReportError, check_parameters, notebook_budget, notebook_title, read_notebook
-from projectable.storage import current_commit, draft_of, end_with_parent, root, write_atomically
+from projectable.storage import current_commit, draft_of, end_with_parent, locked, root, write_atomically
 from projectable.storage import device as this_device
 
 PROFILES = ("smoke", "laptop", "gpu")
@@ -168,12 +168,13 @@ class Report:
         run = {"profile": self.profile, "device": device or this_device(), "commit": commit or current_commit()}
         record = {"id": id, "claim": claim, **found, **run, "notebook": self.notebook}
         self.claims = [old for old in self.claims if old["id"] != id] + [_plain(record)]
-        self.close()
+        write_json(self.reports / "results" / "claims" / f"{self.notebook}.json", self.claims)
+        merge_claims(self.profile)
 
     def claims_table(self, *starts: str):
         """The notebook's claims, or those whose ids start so, styled: the cell's last line shows them.
 
-        What claims that differ in width or number of images only have in common stands in the first one's row.
+        Claims that differ only in width or number of images share a row.
         """
         from IPython.display import HTML
 
@@ -184,11 +185,6 @@ class Report:
         """Record a number that tests assert, in `results/<notebook>.json`."""
         self.scraps[key] = value
         write_json(self.reports / "results" / f"{self.notebook}.json", self.scraps)
-
-    def close(self) -> None:
-        """Write the claims in place of those of an earlier run; each call of `claim` does so too."""
-        write_json(self.reports / "results" / "claims" / f"{self.notebook}.json", self.claims)
-        merge_claims(self.profile)
 
 
 IN_WORDS = {"d_s": "width", "lr": "learning rate", "val_loss": "validation loss", "std": "deviation", "count": "seeds"}
@@ -426,18 +422,34 @@ def write_readme_claims() -> None:
         return
     rows = []
     for heading, group in pages.claim_groups(claims):
-        rows += [f"| {heading} | found: verdict, value [95 % interval] |", "|---|---|"]
-        for words, statistic, found in pages.claim_families(group):
-            lines = [f"{f'{name}: ' if name else ''}{_marked(c['verdict'])}, {pages.interval(c)}" for name, c in found]
-            cells = (f"{words}<br><sub>{statistic}</sub>", "<br>".join(lines))
-            rows.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
-        rows.append("")
+        rows += [f"**{heading}**: {pages.counted(group)}.", ""]
+        families = pages.claim_families(
+            group
+        )  # the paper's claims are all in sight, of ours those that failed somewhere
+        in_sight = [
+            f
+            for f in families
+            if any(pages.PAPERS.fullmatch(c["id"]) or c["verdict"] == "not reproduced" for _, c in f[2])
+        ]
+        rows += _rows(in_sight) if in_sight else []
+        if folded := [f for f in families if f not in in_sight]:
+            rows += [f"<details><summary>{heading}: those without such a failure</summary>", ""]
+            rows += [*_rows(folded), "</details>", ""]
     comment = head.partition("-->")[0] + "-->"
     write_atomically(path, "\n".join([before + mark + comment, *rows, end + after]))
 
 
-def _marked(verdict: str) -> str:
-    return verdict if verdict == "reproduced" else f"**{verdict}**"
+def _rows(families: list[tuple[str, str, list[tuple[str, dict]]]]) -> list[str]:
+    """A table of Markdown: a row for each family of claims; what is not `reproduced` is set off."""
+    rows = ["| claim | found: verdict, value [95 % interval] |", "|---|---|"]
+    for words, statistic, found in families:
+        lines = []
+        for name, c in found:
+            verdict = c["verdict"] if c["verdict"] == "reproduced" else f"**{c['verdict']}**"
+            lines.append(f"{f'{name}: ' if name else ''}{verdict}, {pages.interval(c)}")
+        cells = (f"{words}<br><sub>{statistic}</sub>", "<br>".join(lines))
+        rows.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return [*rows, ""]
 
 
 # -------------------------------------------------------------------------------------------- the whole thing
@@ -446,21 +458,14 @@ def _marked(verdict: str) -> str:
 @contextlib.contextmanager
 def lock(profile: str):
     """One writer at a time for the reports of a profile; a second one gets a ReportError that says so."""
-    import fcntl
-
     path = build_dir(profile) / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ReportError(
-                f"process {file.read().strip() or '?'} is writing the {profile} reports: wait for it to end"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+
+    def refuse() -> None:
+        who = path.read_text().strip() or "?"
+        raise ReportError(f"process {who} is writing the {profile} reports: wait for it to end") from None
+
+    with locked(path, refuse):
+        path.write_text(str(os.getpid()))
         for notebook in notebook_paths():  # nobody else runs now: what is `running` was cut off
             status = read_status(notebook, profile)
             if status.status == "running":

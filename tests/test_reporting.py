@@ -652,21 +652,25 @@ def test_the_notebooks_are_fit_to_be_stored():
     assert CliRunner().invoke(__main__.cli, ["check"]).exit_code == 0
 
 
-def test_readme_shows_every_claim_with_failures_as_visible(tmp_path, monkeypatch):
+def test_readme_shows_every_claim_with_failures_in_sight(tmp_path, monkeypatch):
     monkeypatch.setenv("PROJECTABLE_ROOT", str(tmp_path))
     readme = tmp_path / "README.md"
     readme.write_text("# a\n\n<!-- claims: written by a program -->\nold\n<!-- /claims -->\n\nend\n")
     claim = dict(statistic="gap", value=-0.2, ci_low=-0.3, ci_high=-0.1, seeds=5)
     claims = [
-        claim | {"id": f"{id}.d{s}", "claim": f"a model of width {s} wins", "verdict": verdict}
-        for id in ("conditioning.x", "headline")
-        for s, verdict in ((8, "reproduced"), (16, "not reproduced"))
+        claim | {"id": f"{id}.d{s}", "claim": f"a {id} of width {s} wins", "verdict": verdict}
+        for id in ("conditioning.x", "conditioning.y", "headline")
+        for s, verdict in ((8, "reproduced"), (16, "inconclusive" if id == "conditioning.y" else "not reproduced"))
     ]
     reporting.write_json(tmp_path / "reports" / "claims.json", claims)
     for _ in range(2):  # a second time changes nothing
         reporting.write_readme_claims()
     text = readme.read_text()
-    found = "width 8: reproduced, −0.200 [−0.300, −0.100]<br>width 16: **not reproduced**, −0.200 [−0.300, −0.100]"
-    assert text.count(f"| a model wins<br><sub>gap</sub> | {found} |") == 2
-    assert text.index("The paper's claims, as we read them") < text.index("Harder tests of ours")
+    found = "width 8: reproduced, −0.200 [−0.300, −0.100]<br>width 16: **{}**, −0.200 [−0.300, −0.100]"
+    rows = [f"| a {id} wins<br><sub>gap</sub> |" for id in ("headline", "conditioning.x", "conditioning.y")]
+    verdicts = ["not reproduced", "not reproduced", "inconclusive"]
+    places = [text.index(f"{row} {found.format(verdict)} |") for row, verdict in zip(rows, verdicts, strict=True)]
+    fold = text.index("<details><summary>Harder tests of ours: those without such a failure</summary>")
+    assert places[0] < text.index("Harder tests of ours**: ✓ 2 reproduced, ? 1 inconclusive, ✗ 1 not reproduced.")
+    assert places[0] < places[1] < fold < places[2] < text.index("</details>"), "failures are not folded away"
     assert "old" not in text and text.startswith("# a\n") and text.endswith("<!-- /claims -->\n\nend\n")

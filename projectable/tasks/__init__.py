@@ -214,7 +214,7 @@ def make_tasks(
     `dataset` is a name or `folder:PATH`, see `tasks.images`; `glyphs` and `text` have tasks of their own (see these
     modules), `captioned_fashion` and `captioned_digits` a caption before every image (`text.caption`);
     `featured_fashion` and `featured_digits` have clusters of what a frozen encoder sees in images, not of pixels.
-    `seen7` and `unseen3` are the classes without and with `HELD_OUT_CLASSES`; the codebook sees the former only. Any
+    `unseen3` are the classes in `HELD_OUT_CLASSES`, `seen7` the others, which alone the codebook sees. Any
     tasks with `-fewN` or `-fewN-sS` behind them: N images of each, drawn with seed S (see `few`).
 
     Raises ValueError naming the allowed values; DataError where images are missing or too few.
