@@ -38,6 +38,7 @@ def session_runs(tmp_path_factory, request):
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
     folder = tmp_path_factory.mktemp("runs")
     patch.setenv("PROJECTABLE_RUNS", str(folder))
+    patch.delenv("PROJECTABLE_REPORTS", raising=False)
     yield folder
     patch.undo()
 
@@ -58,7 +59,12 @@ class ToyNotebooks:
         if self.process is None:
             root, here = Path(self.folder.name), Path(__file__).parents[1] / "notebooks"
             shutil.copytree(here, root / "notebooks", ignore=shutil.ignore_patterns(".*"))
-            ours = dict(PROJECTABLE_ROOT=str(root), PROJECTABLE_RUNS=str(root / "runs"), CUDA_VISIBLE_DEVICES="")
+            ours = dict(
+                PROJECTABLE_ROOT=str(root),
+                PROJECTABLE_RUNS=str(root / "runs"),
+                CUDA_VISIBLE_DEVICES="",
+                PROJECTABLE_REPORTS="",
+            )
             command = [sys.executable, "-m", "projectable", "reproduce", "--profile", "smoke"]
             shell = ["sh", "-c", '"$@" >said.txt 2>&1; echo $? >status.new; mv status.new status', "sh", *command]
             self.process = subprocess.Popen(shell, cwd=root, env=os.environ | ours, start_new_session=True)

@@ -95,9 +95,9 @@ def test_in_a_shell_with_exit_codes(model, tmp_path):
 
     good = shell("evaluate", model)
     assert (good.returncode, good.stderr) == (0, "") and "nats per token" in good.stdout
-    bad = shell("sample", model, "-n", "0", "-o", "x.png")
+    bad = shell("report", "--profile", "huge")
     assert (bad.returncode, bad.stdout) == (1, "")
-    assert bad.stderr == "error: n=0 is no number of sequences; allowed: 1 or more\n" and not list(tmp_path.iterdir())
+    assert bad.stderr == "error: unknown profile 'huge'; allowed: smoke, laptop, gpu\n" and not list(tmp_path.iterdir())
 
 
 def test_training_prints_the_folder_and_finds_it_again(other_runs, tmp_path):
@@ -135,9 +135,8 @@ def test_samples_follow_the_seed(model, tmp_path):
     assert pictures[0] == pictures[1] != pictures[2]
 
 
-def test_a_model_is_replaced_on_demand_and_written_for_onnxruntime(trained, tmp_path):
-    for needed in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(needed, reason=f"{needed} is not installed: the extra `onnx`")
+def test_a_model_is_replaced_on_demand_and_written_for_onnxruntime(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("projectable.export.export_onnx", lambda model, path: path.write_bytes(b"see test_export.py"))
     words = ("project", trained.folder.name, "--width", "d16", "-o", tmp_path / "m")
     call(*words, "--task", 3)
     call(*words, "--task", 4, "--overwrite", "--onnx")
@@ -161,6 +160,7 @@ def test_errors_are_one_line_that_names_the_value(trained, model, tmp_path, caps
         (("project", "nowhere", "--task", 3, "--width", 8, "-o", tmp_path / "x"), "no run 'nowhere'; allowed: "),
         (("project", trained.folder, "--task", 3, "--width", 8, "-o", model), "threes exists: "),
         (("evaluate", model, "--split", "all"), "unknown split 'all'; allowed: train, val, test"),
+        (("sample", model, "-n", 0, "-o", tmp_path / "x"), "n=0 is no number of sequences; allowed: 1 or more"),
         (("evaluate", tmp_path / "x"), "x does not exist; allowed: a folder"),
         (("evaluate", trained.folder), "is a run, of many tasks"),
         (("project", model, "--task", 3, "--width", 8, "-o", tmp_path / "x"), "threes is no run but a small model: "),

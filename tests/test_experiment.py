@@ -190,15 +190,26 @@ def edit(monkeypatch):
         for old in changes[::2]:
             assert any(old in source_of(m) for m in sys.modules if m.startswith("projectable.")), old
         monkeypatch.setattr(storage, "source_of", edited)
-        storage._read.cache_clear()
-        storage._known.clear()
-        names = {name: folder_of(config).name for name, config in KEYED.items()}
-        datasets = {"data": DIGITS, "fashion": DataConfig(), "glyphs": DataConfig("glyphs")}
-        return names | {name: experiment._data_code(data) for name, data in datasets.items()}
+        return keys_now()
 
     yield keys
     storage._read.cache_clear()
     storage._known.clear()
+
+
+def keys_now() -> dict[str, str]:
+    """The keys of `KEYED` and of three data sets, from the code as it is read now."""
+    storage._read.cache_clear()
+    storage._known.clear()
+    names = {name: folder_of(config).name for name, config in KEYED.items()}
+    datasets = {"data": DIGITS, "fashion": DataConfig(), "glyphs": DataConfig("glyphs")}
+    return names | {name: experiment._data_code(data) for name, data in datasets.items()}
+
+
+@pytest.fixture(scope="module")
+def before():
+    """The keys of the code as it is."""
+    return keys_now()
 
 
 KEYED = {
@@ -239,14 +250,14 @@ RUNS, PROJECTED, ALL = set(KEYED), {"linear", "by default", *LOW_RANK}, {*KEYED,
         ("def save_tensors(", "def store(", set()),  # files carry numbers, they do not make them
     ],
 )
-def test_a_run_follows_the_code_that_it_uses_and_no_other(edit, old, new, changed):
-    before, after = edit(), edit(old, new)
+def test_a_run_follows_the_code_that_it_uses_and_no_other(before, edit, old, new, changed):
+    after = edit(old, new)
     assert {name for name in before if before[name] != after[name]} == changed
 
 
-def test_a_new_family_changes_no_key(edit):
+def test_a_new_family_changes_no_key(before, edit):
     new = "@family\nclass Fresh(Generator):\n    pass\n\n\n@family\nclass Slice(Generator)"
-    assert edit("@family\nclass Slice(Generator)", new) == edit()
+    assert edit("@family\nclass Slice(Generator)", new) == before
 
 
 CELL = """
@@ -283,8 +294,7 @@ def test_a_function_in_a_registry_counts_whatever_its_form(monkeypatch):
     assert len(set(found)) == 3 and key("names", other) == found[-1]
 
 
-def test_a_constant_counts_with_its_value(edit, monkeypatch):
-    before = edit()
+def test_a_constant_counts_with_its_value(before, edit, monkeypatch):
     monkeypatch.setattr(transformer, "EPS", 1e-5)
     after = edit()
     assert {name for name in before if before[name] != after[name]} == RUNS
@@ -300,8 +310,8 @@ def test_a_constant_counts_with_its_value(edit, monkeypatch):
         ("pandas", "9.0.0", False),
     ],
 )
-def test_versions_count_as_far_as_they_can_change_numbers(edit, monkeypatch, name, other, counts):
-    before, version = edit(), storage.version
+def test_versions_count_as_far_as_they_can_change_numbers(before, edit, monkeypatch, name, other, counts):
+    version = storage.version
     monkeypatch.setattr(storage, "version", lambda n: other if n == name else version(n))
     after = edit()
     assert all((before[key] != after[key]) == counts for key in before)
@@ -319,8 +329,7 @@ def test_letters_follow_what_draws_them(monkeypatch, dataset, counts):
     experiment._drawn_by.cache_clear()
 
 
-def test_words_about_the_code_do_not_count(edit):
-    before = edit()
+def test_words_about_the_code_do_not_count(before, edit):
     for changes in (
         ('"""P₀ + Σ_k z_k B_k: the plain reading', '"""The plain reading'),
         ("  # the loss itself stays in float32", ""),

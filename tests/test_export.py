@@ -63,7 +63,8 @@ def tokens():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_logits_are_those_of_the_model_in_memory_bit_for_bit(name, tmp_path, tokens):
-    trained = run(CONFIGS[name]())
+    config = CONFIGS[name]()
+    trained = run(config if name in ("Linear, shared", "source") else config.with_(steps=2))  # these are there
     model = trained.model()
     widths = {"source": 16} if name == "source" else {f"d{size}": size for size in trained.config.sizes}
     for member, width in widths.items():

@@ -56,9 +56,9 @@ def test_pages_need_nothing_from_outside(reports):
         assert "<script src" not in html and "@import" not in html
 
 
-def test_pages_are_seen_on_a_phone(reports, browser):
-    for page in sorted(reports.glob("*.html")):
-        look(browser, page, "phone")
+@pytest.mark.parametrize("name", [*(path.stem for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))), "index"])
+def test_pages_are_seen_on_a_phone(reports, browser, name):
+    look(browser, reports / f"{name}.html", "phone")
 
 
 def test_quickstart_makes_a_model_smaller_than_its_source(reports):
