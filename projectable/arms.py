@@ -85,7 +85,7 @@ MAPS = Maps(
     dict(family="Orthonormal", steps=2, layout="per_matrix", neurons="Linear", z_dim=8),
     ("inner", "neurons"),
 )
-LINEAR = Maps("linear", dict(family="Linear", z_dim=8), ("family",))  # the plain reading of the paper; cheaper
+LINEAR = Maps("linear", dict(family="Linear", z_dim=8), ("family",))  # the simplest form; cheaper
 
 
 def _projected(words: str, max_seeds=None, only=None, **options) -> Arm:

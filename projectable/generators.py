@@ -92,7 +92,7 @@ class StaticMaps(Static):
 
 @family
 class Linear(Generator):
-    """P₀ + Σ_k z_k B_k: the plain reading of the paper. B starts at zero."""
+    """P₀ + Σ_k z_k B_k: the simplest form. B starts at zero."""
 
     rates = {"directions": 0.4}  # they add up over the dimensions of z
 

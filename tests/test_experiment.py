@@ -331,7 +331,7 @@ def test_letters_follow_what_draws_them(monkeypatch, dataset, counts):
 
 def test_words_about_the_code_do_not_count(before, edit):
     for changes in (
-        ('"""P₀ + Σ_k z_k B_k: the plain reading', '"""The plain reading'),
+        ('"""P₀ + Σ_k z_k B_k: the simplest', '"""The simplest'),
         ("  # the loss itself stays in float32", ""),
         ("def schedule(step: int, steps: int, warmup: int) -> float:", "def schedule(step, steps, warmup):"),
         ("z_dim: int, rank: int = 4", "z_dim: int, rank: int | None = 4"),
