@@ -122,10 +122,13 @@ def verdict(ci_low: float, ci_high: float, seeds: int, above: float = 0.0) -> st
     return "reproduced" if ci_low > above else "not reproduced" if ci_high < above else "inconclusive"
 
 
-def judge(values, above: float = 0.0) -> dict:
-    """A claim's numbers from its statistic a seed: value, ci_low, ci_high (95 %, t), seeds, verdict."""
+def judge(values, above: float = 0.0, below: float | None = None) -> dict:
+    """A claim's numbers from its statistic a seed: value, ci_low, ci_high (95 %, t), seeds, verdict.
+
+    The claim is that the statistic lies above `above`; or, where that is given, below `below`.
+    """
     value, low, high = t_interval(values)
-    words = verdict(low, high, len(values), above)
+    words = verdict(low, high, len(values), above) if below is None else verdict(-high, -low, len(values), -below)
     return dict(value=value, ci_low=low, ci_high=high, seeds=len(values), verdict=words)
 
 

@@ -134,7 +134,8 @@ class Report:
 
         path = self.reports / "figures" / f"{name}.png"
         with draft_of(path) as draft:
-            fig.savefig(draft, format="png", dpi=150, bbox_inches="tight", facecolor="white")
+            dpi = 75 if self.profile == "smoke" else 150
+            fig.savefig(draft, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
             with Pixels.open(draft) as pixels:  # 256 colours: looks the same, at a third of the size
                 few = pixels.convert("RGB").quantize(256)
             few.save(draft, "PNG", optimize=True)
@@ -584,7 +585,8 @@ def _side_by_side(paths: list[Path], profile: str, executor: str, parameters: di
         pool = ProcessPoolExecutor(workers(), context, _beside_others)
     try:
         names = [path.stem for path in paths]
-        futures = {pool.submit(run_notebook, path, profile, parameters, names): path for path in paths}
+        longest_first = sorted(paths, key=lambda path: -(notebook_budget(path) or 0))  # none is left to end alone
+        futures = {pool.submit(run_notebook, path, profile, parameters, names): path for path in longest_first}
         for place, future in enumerate(as_completed(futures), 1):
             path = futures[future]
             print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)

@@ -59,6 +59,10 @@ def test_a_judgement_is_the_interval_and_its_verdict():
     assert found["value"] == pytest.approx(0.11) and found["seeds"] == 3 and found["verdict"] == "reproduced"
     assert found["ci_high"] - found["value"] == pytest.approx(4.30265 * 0.01 / math.sqrt(3), abs=1e-6)
     assert evaluation.judge([0.1, 0.11, 0.12], above=0.2)["verdict"] == "not reproduced"
+    lower = evaluation.judge([0.1, 0.11, 0.12], below=0.2)
+    assert lower == found | dict(verdict="reproduced") and lower["ci_low"] < lower["value"] < lower["ci_high"]
+    assert evaluation.judge([0.1, 0.11, 0.12], below=0.05)["verdict"] == "not reproduced"
+    assert evaluation.judge([0.1, 0.11, 0.12], below=0.11)["verdict"] == "inconclusive"
 
 
 def test_questions_are_judged_at_every_size_that_both_arms_have():
