@@ -424,23 +424,25 @@ def write_readme_claims() -> None:
     rows = []
     for heading, group in pages.claim_groups(claims):
         rows += [f"**{heading}**: {pages.counted(group)}.", ""]
-        families = pages.claim_families(
-            group
-        )  # the paper's claims are all in sight, of ours those that failed somewhere
-        in_sight = [
-            f
-            for f in families
-            if any(pages.PAPERS.fullmatch(c["id"]) or c["verdict"] == "not reproduced" for _, c in f[2])
-        ]
+        families = pages.claim_families(group)
+        in_sight = [family for family in families if _is_in_sight(family)]
         rows += _rows(in_sight) if in_sight else []
-        if folded := [f for f in families if f not in in_sight]:
+        if folded := [family for family in families if family not in in_sight]:
             rows += [f"<details><summary>{heading}: those without such a failure</summary>", ""]
             rows += [*_rows(folded), "</details>", ""]
     comment = head.partition("-->")[0] + "-->"
     write_atomically(path, "\n".join([before + mark + comment, *rows, end + after]))
 
 
-def _rows(families: list[tuple[str, str, list[tuple[str, dict]]]]) -> list[str]:
+Family = tuple[str, str, list[tuple[str, dict]]]  # as `pages.claim_families` gives them
+
+
+def _is_in_sight(family: Family) -> bool:
+    """Of the paper's claims all are, of ours those that failed somewhere."""
+    return any(pages.PAPERS.fullmatch(c["id"]) or c["verdict"] == "not reproduced" for _, c in family[2])
+
+
+def _rows(families: list[Family]) -> list[str]:
     """A table of Markdown: a row for each family of claims; what is not `reproduced` is set off."""
     rows = ["| claim | found: verdict, value [95 % interval] |", "|---|---|"]
     for words, statistic, found in families:
