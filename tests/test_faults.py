@@ -42,9 +42,10 @@ def forked(work) -> int:
 # ------------------------------------------------------------------------------------------------------------ killed
 
 
-def test_killed_at_five_random_moments_a_run_ends_where_an_unbroken_one_does(universal, other_runs):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_five_random_moments_a_run_ends_where_an_unbroken_one_does(universal, other_runs, seed):
     """Each time a moment after a random step: within a step, an evaluation, a checkpoint."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     folder = folder_of(tiny())
     data_for(DIGITS)
     for step in sorted(rng.integers(1, 37, 5)):
