@@ -254,6 +254,26 @@ def generation_cost(model: Projectable, member: str, repeats: int = 30) -> dict:
     return counts | dict(multiply_adds=counter.multiply_adds, ms=middle, ms_low=low, ms_high=high)
 
 
+def training_memory(model: Model, data: TaskData, tasks: int, images: int) -> dict[str, int]:
+    """Bytes that a training step of `tasks` tasks with `images` each holds: state, kept.
+
+    `state`: all parameters, and of trained ones their gradients and AdamW's two moments; `kept`: what the forward pass
+    leaves for the backward one, each storage once, parameters apart. What an operation needs for a moment is not in it.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.losses(torch.arange(tasks), data.first("train", images)[:tasks])
+    parameters = list(model.parameters())
+    state = sum(w.nbytes * (4 if w.requires_grad else 1) for w in parameters)
+    own = {w.untyped_storage().data_ptr() for w in parameters}
+    return dict(state=state, kept=sum(s.nbytes() for at, s in storages.items() if at not in own))
+
+
 def steps_worth(steps, losses, loss: float) -> float:
     """The steps after which training that reaches `losses` after `steps` would reach `loss`.
 

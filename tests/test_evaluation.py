@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_projectable
 
 from projectable import evaluation, experiment
+from projectable.baselines import Model
 
 
 def table(**arms):
@@ -210,3 +211,18 @@ def test_what_generation_costs(projectable):
     assert cost["source"] == sum(p.numel() for p in projectable.source.parameters())
     assert cost["multiply_adds"] > 16 * 8 * 32 and 0 < cost["ms_low"] <= cost["ms"] <= cost["ms_high"]
     assert np.isfinite(cost["ms"])
+
+
+def test_what_a_training_step_holds(digits):
+    class Toy(Model):
+        def __init__(self):
+            super().__init__()
+            self.trained = torch.nn.Parameter(torch.zeros(3))
+            self.fixed = torch.nn.Parameter(torch.zeros(5), requires_grad=False)
+
+        def losses(self, task_ids, tokens):
+            return {"d8": (tokens.double() * self.trained[0]).exp().sum((1, 2))}  # keeps the tokens and their exp
+
+    held = evaluation.training_memory(Toy(), digits, tasks=2, images=3)
+    doubles = 2 * 3 * digits.codebook.length
+    assert held == {"state": 4 * (4 * 3 + 5), "kept": 8 * 2 * doubles}, "once each, and not the parameter"
