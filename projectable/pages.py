@@ -151,11 +151,12 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def trained(runs: int | None) -> str:
-    """How many runs a notebook's time holds, in words; nothing where that is not known."""
+def trained(runs: int | None, before: float | None = None) -> str:
+    """How many runs a notebook's time holds, in words, and what it took `before`; nothing where that is not known."""
     if runs is None:
         return ""
-    return f"{f'{runs:,}' if runs else 'no'} run{'s' if runs > 1 else ''} trained meanwhile"
+    last = f" (with training: {duration(before)})" if before is not None else ""
+    return f"{f'{runs:,}' if runs else 'no'} run{'s' if runs > 1 else ''} trained meanwhile{last}"
 
 
 def when(iso: str) -> str:
@@ -355,7 +356,7 @@ def notebook_html(
     """
     facts = [
         duration(status["seconds"]),
-        trained(status.get("trained")),
+        trained(status.get("trained"), status.get("before")),
         f"profile {status['profile']}",
         status["device"],
         f"commit {status['commit']}",

@@ -291,6 +291,7 @@ class Status:
     error: str = ""
     figure: str = ""  # name of the first figure, which the index shows
     trained: int | None = None  # runs that came to be meanwhile; the others it shows were there
+    before: float | None = None  # where none did: the seconds of the last time that some did
 
     def path(self) -> Path:
         return reports_dir(self.profile) / "results" / "status" / f"{self.notebook}.json"
@@ -313,7 +314,7 @@ def run_notebook(path: Path, profile: str, parameters: dict | None = None, among
     """
     parameters = {"profile": profile} | (parameters or {})
     check_parameters(path, parameters)
-    executed = executed_path(path, profile)
+    executed, earlier = executed_path(path, profile), read_status(path, profile)
     status = Status(path.stem, notebook_title(path), profile, "running", device=this_device(), commit=current_commit())
     status.write()
     build_index(profile)
@@ -330,6 +331,8 @@ def run_notebook(path: Path, profile: str, parameters: dict | None = None, among
     finally:  # also when interrupted
         status.seconds = round(time.monotonic() - start, 1)
         status.trained = _runs_since(clock)
+        if status.trained == 0:
+            status.before = earlier.seconds if earlier.trained else earlier.before
         status.finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         merge_claims(profile)
         render(path, status, among)

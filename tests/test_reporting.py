@@ -152,6 +152,21 @@ def test_pages_and_index_tell_how_many_runs_their_time_holds(ran):
     assert words == ["", "no run trained meanwhile", "2 runs trained meanwhile", "1,234 runs trained meanwhile"]
 
 
+def test_a_page_from_finished_runs_tells_what_they_took_to_train(project, monkeypatch):
+    path = write_notebook(project, "00_good", text="# Good one")
+    monkeypatch.setattr(reporting, "execute", lambda path, executed, parameters: None)
+    trained = iter([3, 0, 0])
+    monkeypatch.setattr(reporting, "_runs_since", lambda clock: next(trained))
+    first, *later = [reporting.run_notebook(path, "smoke") for _ in range(3)]
+    assert first.before is None and [status.before for status in later] == [first.seconds] * 2
+    assert "no run trained meanwhile (with training: 9 min 02 s)" == pages.trained(0, 542.0)
+    for page in ("00_good.html", "index.html"):
+        assert (
+            f"no run trained meanwhile (with training: {pages.duration(first.seconds)})"
+            in (reporting.reports_dir("smoke") / page).read_text()
+        )
+
+
 @pytest.mark.slow
 def test_notebooks_as_jobs_leave_what_they_leave_in_order(project, monkeypatch):
     pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
