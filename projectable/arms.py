@@ -124,6 +124,9 @@ ARMS = {
         max_seeds=3,
     ),
     "hypernetwork": Arm("hypernetwork without a source", "hypernetwork", {8: 2e-2, 16: 4e-2, 32: 2e-2}),
+    "hypernetwork_matched": Arm(
+        "hypernetwork, the projections' compute", "hypernetwork", {8: 1e-2, 16: 2e-2, 32: 1e-2}, "matched", max_seeds=3
+    ),
     "specialists": Arm("specialists from scratch", "specialists", _SPECIALIST),
     "specialists_tuned": Arm(
         "specialists, tuned from the best universal",
@@ -457,7 +460,7 @@ class Study(Compared):
             start_rates = {p.d_source: source_rates[0]} if source_rates else self.rates(arm.start)
             start = self.config(arm.start, start_rates, p.seeds[0] if arm.one_start else seed)
         if arm.steps == "matched":
-            n_steps = self.matched_steps(start)
+            n_steps = self.matched_steps(start, "hypernetwork" if arm.model == "hypernetwork" else "universal_film")
         source_lr = 0.0
         if arm.model == "source":
             (source_lr,) = rates.values()
@@ -482,15 +485,15 @@ class Study(Compared):
             start=start,
         )
 
-    def matched_steps(self, start: RunConfig | None = None) -> int:
+    def matched_steps(self, start: RunConfig | None = None, rival: str = "universal_film") -> int:
         """Steps with which small models of all sizes cost what source and projections of all sizes do.
 
-        Where all of them start from one run, what that has cost is spent.
+        Where all of them start from one run, what that has cost is spent. `rival`: an arm of such models.
         """
         ours = self.config("projected", {s: 1e-3 for s in self.sizes}, self.profile.seeds[0])
-        rival = [self.config("universal_film", {s: 1e-2}, self.profile.seeds[0]) for s in self.sizes]
+        models = [self.config(rival, {s: 1e-2}, self.profile.seeds[0]) for s in self.sizes]
         left = operations(ours) - (operations(start) if start is not None else 0.0)
-        return round(rival[0].steps * left / sum(map(operations, rival)))
+        return round(models[0].steps * left / sum(map(operations, models)))
 
     # ------------------------------------------------------------------------------------- sweeps and seeds
 

@@ -122,12 +122,14 @@ def verdict(ci_low: float, ci_high: float, seeds: int, above: float = 0.0) -> st
     return "reproduced" if ci_low > above else "not reproduced" if ci_high < above else "inconclusive"
 
 
-def judge(values, above: float = 0.0, below: float | None = None) -> dict:
+def judge(values, above: float = 0.0, below: float | None = None, longer: float = 1.0) -> dict:
     """A claim's numbers from its statistic a seed: value, ci_low, ci_high (95 %, t), seeds, verdict.
 
-    The claim is that the statistic lies above `above`; or, where that is given, below `below`.
+    The claim is that the statistic lies above `above`; or, where that is given, below `below`. The interval is made
+    `longer` as many times: where seeds share what they are compared with, Student's is too short.
     """
     value, low, high = t_interval(values)
+    low, high = low + (longer - 1) * (low - value), high + (longer - 1) * (high - value)
     words = verdict(low, high, len(values), above) if below is None else verdict(-high, -low, len(values), -below)
     return dict(value=value, ci_low=low, ci_high=high, seeds=len(values), verdict=words)
 

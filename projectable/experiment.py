@@ -325,7 +325,7 @@ TAUGHT = {"distilled": "universal", "distilled_specialists": "specialists"}  # w
 
 
 def operations(config: RunConfig) -> float:
-    """Multiply-adds of a run's training, its start and the generation of a projectable's models included.
+    """Multiply-adds of a run's training, its start and the generation of small weights included.
 
     Of matrix products alone. Forward and backward count as three forward passes; a source that is not trained makes no
     pass of its own. A masked model counts as its causal twin: its attention costs twice as much, its head half.
@@ -348,12 +348,14 @@ def operations(config: RunConfig) -> float:
         own = config.with_(model=model, lr=(0.0,) * len(config.sizes), source_lr=0.0, steps=1, seed=0, start=start)
         own = own.with_(options=tuple(options.items()))
         per_step += 3.0 * _generation(own, n_tasks)
+    elif model == "hypernetwork":
+        per_step += 3.0 * _generation(config.with_(lr=(0.0,), steps=1, seed=0), n_tasks)
     return per_step * config.steps + (operations(config.start) if config.start is not None else 0.0)
 
 
 @cache
 def _generation(config: RunConfig, n_tasks: int) -> int:
-    """Multiply-adds of the products that generate the small weights of that many tasks, all sizes of a projectable."""
+    """Multiply-adds of the products that generate the small weights of that many tasks, of all sizes."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         model = _blank(config, data_for(config.data))
         with Products() as counter:

@@ -64,6 +64,10 @@ def test_a_judgement_is_the_interval_and_its_verdict():
     assert lower == found | dict(verdict="reproduced") and lower["ci_low"] < lower["value"] < lower["ci_high"]
     assert evaluation.judge([0.1, 0.11, 0.12], below=0.05)["verdict"] == "not reproduced"
     assert evaluation.judge([0.1, 0.11, 0.12], below=0.11)["verdict"] == "inconclusive"
+    longer = evaluation.judge([0.1, 0.11, 0.12], longer=5)
+    assert longer["value"] - longer["ci_low"] == pytest.approx(5 * (found["value"] - found["ci_low"]))
+    assert longer["ci_high"] - longer["value"] == pytest.approx(5 * (found["ci_high"] - found["value"]))
+    assert longer["verdict"] == "inconclusive"
 
 
 def test_questions_are_judged_at_every_size_that_both_arms_have():

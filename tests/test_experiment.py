@@ -344,6 +344,8 @@ def test_operations_by_hand(source):
     shape = tiny().shape(16, 8)
     tokens = 40 * 10 * 4 * 16  # steps, tasks, images, tokens
     assert operations(tiny()) == 3 * shape.n_operations() * tokens
+    making = 8 * (shape.n_parameters() + 48)  # a hypernetwork's weights of a task, gains and shifts, from 8 numbers
+    assert operations(tiny(model="hypernetwork")) == 3 * shape.n_operations() * tokens + 3 * 40 * 10 * making
     big = tiny().shape(16)
     assert operations(tiny_source()) == 3 * big.n_operations() * tokens
     maps = 8 * (128 + 256 + 2048 + 48)  # numbers in z; stream, heads, neurons, gains and shifts of a task
