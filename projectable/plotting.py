@@ -33,8 +33,8 @@ FAMILIES = {
     "mixture": "#56B4E9",  # sky
     "slice": "#E69F00",  # orange: the source cut down without learning to project
     "cut": "#E69F00",
-    "hypernetwork": "#CC79A7",  # purple: the controls
-    "static": "#CC79A7",
+    "hypernetwork": "#56B4E9",  # it is never beside a mixture
+    "static": "#CC79A7",  # purple: the controls
     "control": "#CC79A7",
     "random": "#CC79A7",
     "bank": "#CC79A7",
