@@ -520,7 +520,7 @@ def test_every_notebook_says_what_it_takes():
     budgets = {path.stem: pages.notebook_budget(path) for path in reporting.notebook_paths()}
     assert all(budgets.values()), budgets
     said = re.search(r"\*\*Budget\*\*[^.]* (\d+) minutes", NOTEBOOKS.joinpath("08_direct_training.ipynb").read_text())
-    assert budgets["12_cost"] == 60 and budgets["08_direct_training"] == 60 * int(said[1])
+    assert budgets["01_data_and_tasks"] == 60 and budgets["08_direct_training"] == 60 * int(said[1])
 
 
 def test_second_reproduce_is_refused_while_the_first_runs(project):
