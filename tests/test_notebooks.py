@@ -1,5 +1,6 @@
 """Every notebook through papermill at the smoke setting, once; then what they recorded is checked."""
 
+import ast
 import json
 import math
 import os
@@ -222,6 +223,20 @@ def test_the_index_leads_to_every_claim_and_page(reports):
             assert f"<tr><td>{words}</td><td>" in page[: page.index("<main>")], "a page begins with what was found"
     for path in NOTEBOOKS.glob("[0-9]*.ipynb"):
         assert f"{path.stem}.html" in html
+
+
+@pytest.mark.parametrize("path", reporting.notebook_paths(), ids=lambda path: path.stem)
+def test_every_table_is_shown(path):
+    """A cell shows what its last line gives, or what is displayed: a table before that is only saved."""
+    for cell in pages.read_notebook(path).cells:
+        lines = ast.parse(cell.source).body[:-1] if cell.cell_type == "code" else []
+        calls = [
+            ast.unparse(n.value.func)
+            for line in lines
+            for n in ast.walk(line)
+            if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)
+        ]
+        assert "report.table" not in calls, cell.source
 
 
 def test_an_unknown_parameter_or_profile_is_named():
