@@ -20,7 +20,7 @@ from projectable.config import get_profile
 pytestmark = [pytest.mark.slow, pytest.mark.notebook]
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SMOKE = get_profile("smoke")
-EXPLAINED = ("parameters", "modulated", "source", "task", "gains", "maps")
+EXPLAINED = ("parameters", "alike", "modulated", "source", "task", "gains", "maps")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
         "direct.examples direct.compute direct.distilled direct.start direct.tuned direct.cut direct.cut_examples "
         "direct.cut_start direct.cut_compute text.hypernetwork stability.again stability.spread "
         "stability.agreement stability.source stability.smooth "
-        "cost.generation text text.task source.width"
+        "cost.generation cost.hypernetwork text text.task source.width"
     ).split()
     of_two_sizes = (
         "conditioning.LearnedID conditioning.SupportSet conditioning.Features conditioning.Attributes "
@@ -164,11 +164,13 @@ def test_what_notebooks_record_is_what_their_tables_say(reports):
     "table, claim, rival, ours",
     [
         ("controls", "explained.parameters", "universal", "static_token"),
+        ("controls", "explained.alike", "universal_additive", "static_token"),
         ("controls", "explained.source", "bank_trained", "projected"),
         ("controls", "explained.maps", "static_maps", "projected"),
         ("direct", "direct.examples", "specialists", "projected"),
         ("direct", "direct.compute", "specialists_matched", "projected"),
         ("direct", "direct.cut_examples", "cut_half", "projected"),
+        ("cost", "cost.hypernetwork", "hypernetwork_matched", "projected"),
         ("conditioning", "conditioning.Features", "told_NoID", "told_Features"),
         ("conditioning", "conditioning.shuffled", "told_ShuffledID", "projected"),
         ("generators", "generators.p0_slice", "p0_slice", "projected"),
