@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -137,8 +138,6 @@ def check_current(run: Run) -> Run:
 
 def facts(run: Run) -> dict[str, str]:
     """What there is to know of a finished run, in words."""
-    from projectable.experiment import folder_of
-
     config, result = run.config, run.result
     options = ", ".join(f"{name}={value}" for name, value in config.options)
     losses = ", ".join(f"{member} {loss:.4f}" for member, loss in result["val"].items())
@@ -155,8 +154,21 @@ def facts(run: Run) -> dict[str, str]:
         "parameters": f"{result['n_parameters']:,}, frozen ones included",
         "seconds": f"{result['seconds']:.0f} on {result['device']}",
         "seed, commit": f"{config.seed}, {result['commit']}",
-        "starts from": str(folder_of(config.start)) if config.start else "nothing",
+        "starts from": _in_words(config.start) if config.start else "nothing",
     }
+
+
+def _in_words(config: RunConfig) -> str:
+    """A run by what it is, and the folder it would have now, where that is there: code or images may have changed."""
+    from projectable.experiment import folder_of
+    from projectable.tasks.images import DataError
+
+    widths = ", ".join(map(str, config.sizes or (config.d_source,)))
+    words = f"{config.model}, width {widths}, {config.steps:,} steps, seed {config.seed}"
+    with contextlib.suppress(DataError):
+        folder = folder_of(config)
+        words += f": {folder}" if folder.exists() else ""
+    return words
 
 
 @cli.command()
@@ -190,7 +202,8 @@ def train(config: str, executor: str | None) -> None:
     with training.team() as team, training.Stop(team) as stop:
         said = ""
         try:
-            for part in chain(wanted):
+            finished = team.first(partial(experiment.is_done, wanted))
+            for part in [] if finished else chain(wanted):
                 if team.first(partial(experiment.is_done, part)):
                     continue
                 words = " ".join([part.model, *(f"d{size}" for size in part.sizes)])

@@ -135,9 +135,9 @@ def load(folder: str | Path) -> SmallTransformer:
         if name not in tensors or name not in expected:
             raise ModelError(f"{path}: {name!r} is {'missing' if name in expected else 'unknown'}")
         _check_tensor(name, tensors[name], expected[name], path)
-    for name in config["transposed"] + config["task_axis"]:
-        if name not in tensors:
-            raise ModelError(f"{config_path}: {name!r} is no weight; allowed: {', '.join(tensors)}")
+    for key, allowed in (("transposed", [*tensors.keys() - BIASES.keys()]), ("task_axis", [*tensors])):
+        if unknown := [name for name in config[key] if name not in allowed]:
+            raise ModelError(f"{config_path}: {key} names {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
     weights = {k: w.mT.contiguous().mT if k in config["transposed"] else w for k, w in tensors.items()}
     weights = {k: w.unsqueeze(0) if k in config["task_axis"] else w for k, w in weights.items()}
     return SmallTransformer(config, weights, codebook).eval()
@@ -147,6 +147,8 @@ def _take_codebook(tensors: dict[str, Tensor], config: dict, path: Path) -> Code
     if "codes" not in tensors:
         raise ModelError(f"{path}: 'codes' is missing")
     codes, shape = tensors.pop("codes"), config["shape"]
+    if codes.dtype != torch.float32:  # numpy has fewer types than torch
+        raise ModelError(f"{path}: 'codes' is {codes.dtype}; allowed: {torch.float32}")
     book = Codebook(codes.numpy(), **config["codebook"])
     channels = max(1, codes.shape[-1] // book.patch**2) if codes.dim() else 1
     _check_tensor("codes", codes, (shape["vocab_size"], channels * book.patch**2), path)
@@ -190,9 +192,19 @@ def read_config(folder: Path) -> dict:
 
 
 def looks_like_model(folder: Path) -> bool:
-    """Whether the folder was meant as such a model, whole or not; a run's folder was not."""
+    """Whether the folder was meant as such a model, whole or not; a run's folder was not, finished or just begun."""
     of_runs = ("history.json", "result.json", "checkpoint.safetensors", "diverged.json")
-    return folder.exists() and not any((folder / name).exists() for name in of_runs)
+    begun = "steps" in (found := _described(folder)) and "format" not in found
+    return folder.exists() and not begun and not any((folder / name).exists() for name in of_runs)
+
+
+def _described(folder: Path) -> dict:
+    """What the folder's config.json says; nothing where there is none, or a damaged one."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _check_keys(found: dict, allowed: dict, where: str) -> None:
@@ -233,7 +245,8 @@ def export(
     if folder.exists():
         if not overwrite:
             raise ModelError(f"{folder} exists: choose another folder, or pass overwrite (--overwrite)")
-        if not folder.is_dir() or {p.name for p in folder.iterdir()} - FILES:
+        names = {p.name for p in folder.iterdir()} if folder.is_dir() else {""}
+        if names - FILES or names and _described(folder).get("format") != FORMAT:
             raise ModelError(f"{folder} holds more than an exported model: it is left alone")
     if run.config.data.dataset in ("text", "captioned_fashion", "captioned_digits"):
         raise ValueError(f"{run.folder.name} models text; allowed: runs on images")

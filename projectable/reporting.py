@@ -6,7 +6,8 @@ Notable:
 - Reports of the `laptop` profile lie in `reports/`, those of other profiles in a folder of their own below,
   so that a smoke run never overwrites the reference; with parameters of one's own they lie elsewhere (`reports_dir`).
   Executed notebooks lie in `build/<profile>/`.
-- Every file is written atomically, a notebook's status last: it says that the page beside it is whole.
+- Every file is written atomically, a notebook's status last: it says that the page beside it is whole. But executed
+  notebooks are papermill's: of one that was cut off amid a cell's saving the page shows the source.
 - papermill only warns about an unknown parameter, here it is an error; the kernel is that of this very Python, reached
   over IPC; what a notebook prints is passed on, progress bars a state now and then.
 
@@ -36,6 +37,7 @@ from projectable.storage import current_commit, draft_of, end_with_parent, locke
 from projectable.storage import device as this_device
 
 PROFILES = ("smoke", "laptop", "gpu")
+PLACES = ("PROJECTABLE_ROOT", "PROJECTABLE_DATA", "PROJECTABLE_RUNS", "PROJECTABLE_REPORTS")
 
 
 # ---------------------------------------------------------------------------------------------------- places
@@ -95,10 +97,10 @@ def _plain(value):
 
 def _read_json(path: Path, default):
     """The JSON in a file, an object or a list as `default` is; that itself without one. Raises ReportError."""
-    if not path.exists():
-        return default
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:  # or gone meanwhile: notebooks may run side by side
+        return default
     except ValueError as error:
         raise ReportError(f"{path} is damaged ({error}): delete it") from None
     if not isinstance(value, type(default)):
@@ -358,7 +360,10 @@ def render(path: Path, status: Status, among: list[str] | None = None) -> None:
     It leads to the pages before and after it, of those that are there or that are to come (`among`).
     """
     executed = executed_path(path, status.profile)
-    nb = read_notebook(executed if executed.exists() else path)
+    try:
+        nb = read_notebook(executed if executed.exists() else path)
+    except ReportError:  # cut off while it was saved
+        nb = read_notebook(path)
     outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
     status.figure = next((o.metadata["figure"] for o in outputs if "figure" in o.get("metadata", {})), "")
     render_page(nb, reports_dir(status.profile) / f"{path.stem}.html", status, among)
@@ -508,6 +513,9 @@ def reproduce(
     that are run, their values as a command line gives them. Raises ReportError for what is unknown.
     """
     check_profile(profile)
+    for name in PLACES:
+        if place := os.environ.get(name):
+            os.environ[name] = os.path.abspath(place)  # kernels run in a folder of their own
     paths = select_notebooks(only)
     given = {name: pages.literal(value) for name, value in (parameters or {}).items()}
     if "profile" in given:

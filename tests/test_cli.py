@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -125,6 +126,16 @@ def test_a_run_is_found_by_its_name_and_info_tells_what_it_is(trained, model):
         assert "d8 0.002, d16 0.002, source 0.001" in said
     said = call("info", model)
     assert "3 of digits/classes" in said and "CC BY 4.0" in said and "1,496" in said
+
+
+def test_what_a_run_starts_from_is_told_and_not_needed(trained, other_runs):
+    start = trained.config.start
+    words = f"source, width {start.d_source}, {start.steps:,} steps, seed {start.seed}"
+    said = call("info", trained.folder)
+    assert re.search(rf"^starts from: +{words}$", said, re.MULTILINE), "its folder is not there"
+    shutil.copytree(trained.folder, other_runs / trained.folder.name)
+    assert call("train", trained.folder).strip() == str(other_runs / trained.folder.name)
+    assert [p.name for p in other_runs.iterdir()] == [trained.folder.name], "its start was trained anew"
 
 
 def test_samples_follow_the_seed(model, tmp_path):
@@ -269,6 +280,8 @@ def test_an_unfinished_run_says_how_to_go_on(tmp_path, other_runs):
     written(folder, asdict(tiny()))
     with pytest.raises(ConfigError, match=r"is not finished: `projectable train .*config.json` goes on with it"):
         find_run(folder.name)
+    with pytest.raises(ConfigError, match="is not finished"):  # nor, by its path, taken for a damaged model
+        call("info", folder)
 
 
 def test_a_run_that_diverged_says_so_and_what_to_delete(tmp_path, other_runs):

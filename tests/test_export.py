@@ -154,6 +154,12 @@ def test_a_folder_is_replaced_only_on_demand_and_only_a_model(trained, folder):
     with pytest.raises(ModelError, match="holds more than an exported model: it is left alone"):
         export(trained, 8, 3, folder, overwrite=True)
     assert load(folder).task == "4"
+    (folder / "thesis.txt").unlink()
+    somebodys = json.dumps({"model_type": "gpt2"})  # the names of Hugging Face's files are the same
+    (folder / "config.json").write_text(somebodys)
+    with pytest.raises(ModelError, match="holds more than an exported model: it is left alone"):
+        export(trained, 8, 3, folder, overwrite=True)
+    assert (folder / "config.json").read_text() == somebodys
 
 
 def test_a_write_that_fails_leaves_the_old_folder_and_nothing_else(trained, folder, monkeypatch):
@@ -252,7 +258,8 @@ SHAPE = dict(d_model=8, n_layers=1, d_head=8, mlp_ratio=4, vocab_size=32, length
         (dict(codebook=dict(patch=4, height=8, width=8)), "'codes' is .*; allowed"),
         (dict(codebook=dict(patch=2, height=8, width=10)), r"patches of 2 in 8×10 pixels; allowed: 16"),
         (dict(codebook=dict(patch=2, height=8, width=9)), r"patches of 2 in 8×9 pixels; allowed: 16"),
-        (dict(transposed=["outer"]), "'outer' is no weight; allowed: "),
+        (dict(transposed=["outer"]), "transposed names 'outer'; allowed: "),
+        (dict(transposed=["head_bias"]), "transposed names 'head_bias'; allowed: down, embedding, head, out"),
         (dict(task_axis=[3]), r"task_axis=\[3\] is no list"),
         (dict(losses=dict(test="low")), "losses=.* is no dict"),
         (dict(n_parameters=True), "n_parameters=True is no int"),

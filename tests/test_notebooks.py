@@ -97,14 +97,15 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
     expected = {f"headline.d{s}" for s in SMOKE.sizes} | {f"headline.specialists.d{s}" for s in SMOKE.sizes}
     expected |= {f"headline.widens.{small}_{middle}", f"headline.widens.{middle}_{large}", "source.kept"}
     expected |= {f"headline.{of}.d{s}" for of in ("distilled", "matched", "hypernetwork", "each") for s in SMOKE.sizes}
-    expected.add("source.kept_whole")
+    expected |= {"source.kept_whole", "longer.kept"}
     expected |= {f"headline.few_dims.d{small}", f"headline.clusters.d{small}"}
     expected |= {f"explained.{what}.d{s}" for what in EXPLAINED for s in SMOKE.sizes}
     by_size = (
         "direct.examples direct.compute direct.distilled direct.start direct.tuned direct.cut direct.cut_examples "
         "direct.cut_start direct.cut_compute text.hypernetwork stability.again stability.spread "
         "stability.agreement stability.source stability.smooth "
-        "cost.generation cost.hypernetwork text text.task source.width"
+        "cost.generation cost.hypernetwork text text.task source.width "
+        "longer.universal longer.hypernetwork longer.specialists longer.source longer.gap"
     ).split()
     of_two_sizes = (
         "conditioning.LearnedID conditioning.SupportSet conditioning.Features conditioning.Attributes "
@@ -120,7 +121,7 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
     transfer = [f"transfer{id}" for id in transfer] + ["scarce", "scarce.source"]
     expected |= {f"{id}.{world}.n5.d{small}" for id in transfer for world in ("glyphs", "classes")}
     widens = [f"{small}_{middle}", f"{middle}_{large}"]
-    expected |= {f"{id}.widens.{pair}" for id in ("stability.again", "text") for pair in widens}
+    expected |= {f"{id}.widens.{pair}" for id in ("stability.again", "text", "longer") for pair in widens}
     expected.add(f"transfer.growth.d{small}")
     two_best = {id for id in claims if id.startswith("generators.source.")}
     assert len(two_best) == 4 and set(claims) == expected | two_best

@@ -95,10 +95,10 @@ def ran(tmp_path_factory):
     write_notebook(folder, "00_good", FINDINGS, TRAINING)
     write_notebook(folder, "01_bad", 'raise RuntimeError("no \\x1b[31m<luck>\\x1b[0m")', text="# Bad one")
     write_notebook(folder, "02_last", KERNEL, 'print("still here")', text="# Last one")
-    ours = dict(PROJECTABLE_ROOT=str(folder), PROJECTABLE_RUNS=str(folder / "runs"))
+    ours = dict(PROJECTABLE_ROOT=".", PROJECTABLE_RUNS="runs")  # from here, though kernels run in notebooks/
     ours["PYTHONPATH"] = str(Path(reporting.__file__).parents[1])
     command = [sys.executable, "-m", "projectable", "reproduce", "--profile", "smoke", "-p", "seeds", "7"]
-    result = subprocess.run(command, env=os.environ | ours, capture_output=True, text=True)
+    result = subprocess.run(command, env=os.environ | ours, capture_output=True, text=True, cwd=folder)
     return folder / "build" / "smoke" / "own_report", result  # for parameters of one's own were given
 
 
@@ -292,6 +292,16 @@ def test_the_index_tells_what_differs_from_another_run(tmp_path):
     html = pages.index_html("laptop", here, [], tmp_path, [], other)
     assert "1 of 2 verdicts are the same" in html and html.count("claim 2") == 2 and html.count("claim 1") == 1
     assert "Beside another run" not in pages.index_html("laptop", here, [], tmp_path, [], other | dict(both=0))
+
+
+def test_the_other_run_that_is_kept_is_another():
+    reports = Path(__file__).parents[1] / "reports"
+    claims = json.loads((reports / "claims.json").read_text())
+    there = pd.read_csv(reports / "results" / "claims_another_run.csv").set_index("id")
+    pairs = [(claim, there.loc[claim["id"]]) for claim in claims if claim["id"] in there.index]
+    assert len(pairs) > 100
+    same = [claim["id"] for claim, other in pairs if claim["commit"] == other["commit"]]
+    assert same == []
 
 
 def test_claims_with_different_rivals_stay_apart():
@@ -542,6 +552,9 @@ def test_report_renders_again_without_running(project):
     nbformat.write(nb, project / "build/laptop/00_a.ipynb")
     assert reporting.report("laptop") == 1
     assert "from the build" in (project / "reports/00_a.html").read_text()
+    whole = (project / "build/laptop/00_a.ipynb").read_text()
+    (project / "build/laptop/00_a.ipynb").write_text(whole[:-40])  # killed while papermill saved it
+    assert reporting.report("laptop") == 1 and "from the build" not in (project / "reports/00_a.html").read_text()
 
 
 def test_html_that_markdown_mixes_in_stays_whole():

@@ -59,6 +59,7 @@ class DataError(RuntimeError):
 class Images:
     """A labelled image set. Pixels are float32 in [0, 1], (n, H, W, C); labels are int64, (n,).
 
+    In random order: a codebook is fitted on the first 10,000 training images, clusters on the first 20,000.
     Raises DataError, naming the split, where they are anything else.
     """
 
