@@ -180,7 +180,8 @@ def test_no_cluster_and_more_clusters_than_images(n_clusters):
 
 
 def test_a_task_without_images_of_a_split_is_named():
-    with pytest.raises(ValueError, match="'cluster .*' of digits/clusters800 has no val images: fewer tasks or more"):
+    words = "'cluster .*' of digits/clusters800 has no val images with val_per_class=.*: fewer tasks or more"
+    with pytest.raises(ValueError, match=words):
         make_tasks("digits", "clusters800", **ARGUMENTS)
 
 
@@ -279,9 +280,11 @@ def fake(tmp_path, monkeypatch):
         download.__name__ = f"_download_with_{way}"
         monkeypatch.setattr(images, download.__name__, download)
 
+    real = images._download_with_torchvision
     offer("torchvision", False)
     offer("apt", False)
-    return type("Fake", (), dict(source=source, here=here, data=data, calls=calls, offer=staticmethod(offer), put=put))
+    ways = dict(offer=staticmethod(offer), put=put, real=staticmethod(real))
+    return type("Fake", (), dict(source=source, here=here, data=data, calls=calls) | ways)
 
 
 def test_fashion_mnist_on_disk_is_read_without_asking_anyone(fake):
@@ -331,6 +334,26 @@ def test_a_missing_file_is_fetched_where_that_works(fake):
     (fake.here / "t10k-labels-idx1-ubyte.gz").unlink()
     fake.offer("torchvision", True)
     assert len(load_fashion_mnist().test[1]) == 10
+
+
+def test_a_deleted_archive_is_fetched_though_its_content_was_unpacked(fake, monkeypatch):
+    """As the error of a damaged one says: delete it and fetch it again."""
+    asked = []
+
+    def retrieve(url, path):
+        asked.append(url.rpartition("/")[2])
+        shutil.copy(fake.source / asked[-1], path)
+
+    known = [(f"{n}.gz", hashlib.md5((fake.source / f"{n}.gz").read_bytes()).hexdigest()) for n in images.FASHION_FILES]
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.resources", known)
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", retrieve)
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, max_hops: url)
+    monkeypatch.setattr(images, "_download_with_torchvision", fake.real)
+    assert len(load_fashion_mnist().test[1]) == 10 and len(asked) == 4
+    for name in images.FASHION_FILES:  # as torchvision leaves them
+        (fake.here / name).write_bytes(gzip.decompress((fake.here / f"{name}.gz").read_bytes()))
+    (fake.here / "t10k-labels-idx1-ubyte.gz").unlink()
+    assert len(load_fashion_mnist().test[1]) == 10 and asked[4:] == ["t10k-labels-idx1-ubyte.gz"]
 
 
 def test_what_another_process_is_fetching_is_waited_for(fake):

@@ -250,9 +250,8 @@ def make_tasks(
         tokens[split] = [encoded[torch.from_numpy(labels[split] == t)] for t in chosen]
         for t, mine in zip(chosen, tokens[split], strict=True):
             if not len(mine):
-                raise ValueError(
-                    f"{names[t]!r} of {dataset}/{tasks} has no {split} images: fewer tasks or more images are needed"
-                )
+                split += f" images with val_per_class={val_per_class}" if split == "val" else " images"
+                raise ValueError(f"{names[t]!r} of {dataset}/{tasks} has no {split}: fewer tasks or more are needed")
     return TaskData(f"{images.name}/{tasks}", tuple(names[t] for t in chosen), tokens, codebook, images.licence)
 
 

@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,16 +135,14 @@ def fetch_fashion_mnist() -> Path:
 
     Returns the folder of the four .gz files (`load_fashion_mnist` checks them). Raises DataError with what was tried.
     """
-    lock = data_dir() / ".lock"  # one process at a time: torchvision writes files under their own names
+    lock = data_dir() / ".lock"
     if not lock.exists():  # nobody has fetched, or is at it
         with contextlib.suppress(DataError):
             return _find_fashion()
     if not any((folder / f"{name}.gz").exists() for folder in _fashion_folders() for name in FASHION_FILES):
         print(f"Fashion-MNIST is not there yet: it is fetched into {data_dir()}", file=sys.stderr)
     tried = []
-    with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):  # a folder that can't be written to is not fetched into either
-            held.enter_context(locked(lock))
+    with _one_at_a_time(lock):
         for way in (None, _download_with_torchvision, _download_with_apt):
             try:
                 if way is not None:
@@ -156,10 +154,21 @@ def fetch_fashion_mnist() -> Path:
     raise DataError(f"Fashion-MNIST could not be fetched. {' | '.join(tried)} | {HELP}")
 
 
+@contextlib.contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Held by one process: torchvision writes files under their own names."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # a folder that can't be written to is not fetched into either
+            held.enter_context(locked(lock))
+        yield
+
+
 def _download_with_torchvision(root: Path) -> None:
     from torchvision.datasets import FashionMNIST
+    from torchvision.datasets.utils import download_url  # its data set fetches nothing while unpacked files are there
 
-    FashionMNIST(str(root), train=True, download=True)
+    for name, md5 in FashionMNIST.resources:
+        download_url(FashionMNIST.mirrors[0] + name, str(root / "FashionMNIST" / "raw"), name, md5)
 
 
 def _download_with_apt(root: Path) -> None:
@@ -244,18 +253,19 @@ def load_torchvision(name: str) -> Images:
 
     (files, licence), kind, root = TORCHVISION[name], getattr(datasets, name), data_dir()
     try:
-        if name in ("CIFAR10", "CIFAR100"):
-            parts = [kind(str(root), train=train, download=True) for train in (True, False)]
-            pairs, names = [(part.data, part.targets) for part in parts], parts[0].classes
-        elif name == "SVHN":
-            parts = [kind(str(root), split=split, download=True) for split in ("train", "test")]
-            pairs, names = [(part.data.transpose(0, 2, 3, 1), part.labels) for part in parts], "0123456789"
-        else:
-            part = kind(str(root), download=True, **({"split": "balanced"} if name == "EMNIST" else {}))
-            x, y, x_test, y_test = _archived(part)
-            if name == "EMNIST":
-                x, x_test = x.swapaxes(1, 2), x_test.swapaxes(1, 2)  # NIST's files hold letters that lie down
-            pairs, names = [(x[..., None], y), (x_test[..., None], y_test)], part.classes
+        with _one_at_a_time(root / ".lock"):
+            if name in ("CIFAR10", "CIFAR100"):
+                parts = [kind(str(root), train=train, download=True) for train in (True, False)]
+                pairs, names = [(part.data, part.targets) for part in parts], parts[0].classes
+            elif name == "SVHN":
+                parts = [kind(str(root), split=split, download=True) for split in ("train", "test")]
+                pairs, names = [(part.data.transpose(0, 2, 3, 1), part.labels) for part in parts], "0123456789"
+            else:
+                part = kind(str(root), download=True, **({"split": "balanced"} if name == "EMNIST" else {}))
+                x, y, x_test, y_test = _archived(part)
+                if name == "EMNIST":
+                    x, x_test = x.swapaxes(1, 2), x_test.swapaxes(1, 2)  # NIST's files hold letters that lie down
+                pairs, names = [(x[..., None], y), (x_test[..., None], y_test)], part.classes
     except Exception as error:  # whatever a downloader or reader raises
         words = " ".join(str(error).split())[:200]
         raise DataError(
