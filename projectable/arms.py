@@ -43,7 +43,8 @@ class Arm:
     model: str
     lr: dict[int, float]  # empty: as the study's maps; zero: nothing is trained, nothing to sweep
     # source (the source alone), joint, both (as many examples as source and joint), half, matched (as much compute as
-    # source and projections of all sizes), a share of both, or none: one at a rate of zero
+    # source and projections of all sizes), alone (one size, as much as source and projections of that size alone), a
+    # share of both, or none: one at a rate of zero
     steps: str | float = "both"
     start: str = ""  # the arm whose run it starts from
     options: dict = field(default_factory=dict)
@@ -124,9 +125,6 @@ ARMS = {
         max_seeds=3,
     ),
     "hypernetwork": Arm("hypernetwork without a source", "hypernetwork", {8: 2e-2, 16: 4e-2, 32: 2e-2}),
-    "hypernetwork_matched": Arm(
-        "hypernetwork, the projections' compute", "hypernetwork", {8: 1e-2, 16: 2e-2, 32: 1e-2}, "matched", max_seeds=3
-    ),
     "specialists": Arm("specialists from scratch", "specialists", _SPECIALIST),
     "specialists_tuned": Arm(
         "specialists, tuned from the best universal",
@@ -214,6 +212,19 @@ DIRECT |= {
     f"tuned_{share:g}": Arm(f"projected, then {share:.0%} of the steps", "tuned", lr, share, "projected", max_seeds=3)
     for share, lr in _TUNED_ON.items()
 }
+# of the notebook on cost: rivals with the projections' compute, of all widths and of one
+COST = {
+    "hypernetwork_matched": Arm(
+        "hypernetwork, the projections' compute", "hypernetwork", {8: 1e-2, 16: 2e-2, 32: 1e-2}, "matched", max_seeds=3
+    ),
+    "universal_alone": Arm(
+        "best universal, the compute of projecting to its width alone",
+        "universal",
+        {8: 7e-3, 16: 1.4e-2},
+        "alone",
+        max_seeds=3,
+    ),
+}
 # of the notebook on stability: other generators over one and the same source
 STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True)}
 # of the notebook on generators: one factor at a time around linear maps
@@ -268,7 +279,8 @@ SUPPORTED = {
 # of the notebook on the source: another rival of the same deployed size, and another family of Transformers
 _MIXTURE = {8: 5.6e-2, 16: 2.8e-2}
 MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", _MIXTURE, max_seeds=3)}
-EVERY = ARMS | DIRECT | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS | CONDITIONED | SUPPORTED | MIXTURES
+EVERY = ARMS | DIRECT | COST | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS
+EVERY |= CONDITIONED | SUPPORTED | MIXTURES
 # arms of a masked study: those that make sense without an order, so no task token
 MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected", *UNIVERSALS[1:])}
 
@@ -447,11 +459,11 @@ class Study(Compared):
         if arm.model == "projectable" and "family" not in options:
             static = options.pop("static", "")
             options = self.maps.options | options | (dict.fromkeys(self.maps.families, static) if static else {})
-        if name in ("universal_distilled", "universal_matched"):
+        if name in ("universal_distilled", "universal_matched", "universal_alone"):
             options["conditioning"] = dict(self.arms[self.best_universal(*sizes)].options)["conditioning"]
         both = p.source_steps + p.joint_steps
         steps = {"source": p.source_steps, "joint": p.joint_steps, "both": both, "half": both // 2, "none": 1}
-        steps["matched"] = 0  # set below
+        steps |= {"matched": 0, "alone": 0}  # set below
         n_steps = max(1, round(arm.steps * both)) if isinstance(arm.steps, float) else steps[arm.steps]
         if arm.start == "universal":  # shorter than the rival itself: both together see as many examples as all arms
             best = self.best_universal(*sizes)
@@ -459,8 +471,9 @@ class Study(Compared):
         elif arm.start:
             start_rates = {p.d_source: source_rates[0]} if source_rates else self.rates(arm.start)
             start = self.config(arm.start, start_rates, p.seeds[0] if arm.one_start else seed)
-        if arm.steps == "matched":
-            n_steps = self.matched_steps(start, "hypernetwork" if arm.model == "hypernetwork" else "universal_film")
+        if arm.steps in ("matched", "alone"):
+            rival = "hypernetwork" if arm.model == "hypernetwork" else "universal_film"
+            n_steps = self.matched_steps(start, rival, sizes if arm.steps == "alone" else self.sizes)
         source_lr = 0.0
         if arm.model == "source":
             (source_lr,) = rates.values()
@@ -485,13 +498,16 @@ class Study(Compared):
             start=start,
         )
 
-    def matched_steps(self, start: RunConfig | None = None, rival: str = "universal_film") -> int:
-        """Steps with which small models of all sizes cost what source and projections of all sizes do.
+    def matched_steps(
+        self, start: RunConfig | None = None, rival: str = "universal_film", sizes: tuple[int, ...] = ()
+    ) -> int:
+        """Steps with which small models of these sizes (all) cost what source and projections of these sizes do.
 
         Where all of them start from one run, what that has cost is spent. `rival`: an arm of such models.
         """
-        ours = self.config("projected", {s: 1e-3 for s in self.sizes}, self.profile.seeds[0])
-        models = [self.config(rival, {s: 1e-2}, self.profile.seeds[0]) for s in self.sizes]
+        sizes = sizes or self.sizes
+        ours = self.config("projected", {s: 1e-3 for s in sizes}, self.profile.seeds[0])
+        models = [self.config(rival, {s: 1e-2}, self.profile.seeds[0]) for s in sizes]
         left = operations(ours) - (operations(start) if start is not None else 0.0)
         return round(models[0].steps * left / sum(map(operations, models)))
 

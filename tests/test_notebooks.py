@@ -104,7 +104,7 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
         "direct.examples direct.compute direct.distilled direct.start direct.tuned direct.cut direct.cut_examples "
         "direct.cut_start direct.cut_compute text.hypernetwork stability.again stability.spread "
         "stability.agreement stability.source stability.smooth "
-        "cost.generation cost.hypernetwork text text.task source.width "
+        "cost.generation cost.hypernetwork cost.one_width text text.task source.width "
         "longer.universal longer.hypernetwork longer.specialists longer.source longer.gap"
     ).split()
     of_two_sizes = (

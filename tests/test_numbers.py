@@ -151,11 +151,14 @@ def test_how_long_each_arm_trains_and_who_trains_its_source(study):  # noqa: F81
         generators_anew=3
     )
     assert {dict(c.options)["source_weight"] for c in projected.values()} == {LAMBDA}
-    study.matched_steps = lambda start, rival: {"hypernetwork": 98}.get(rival, 99)
-    assert [dict(one(name).options)["conditioning"] for name in ("universal_distilled", "universal_matched")] == [
-        "film"
-    ] * 2
-    assert (one("universal_matched").steps, one("hypernetwork_matched").steps) == (99, 98)
+    study.matched_steps = lambda start, rival, sizes: {"hypernetwork": 98}.get(rival, 100 - len(sizes))
+    best = ("universal_distilled", "universal_matched", "universal_alone")
+    assert [dict(one(name).options)["conditioning"] for name in best] == ["film"] * 3
+    assert [one(name).steps for name in ("universal_matched", "universal_alone", "hypernetwork_matched")] == [
+        97,
+        99,
+        98,
+    ]
 
 
 def test_matched_steps_spend_what_the_start_has_cost(study, monkeypatch):  # noqa: F811
@@ -165,6 +168,7 @@ def test_matched_steps_spend_what_the_start_has_cost(study, monkeypatch):  # noq
     both = PROFILE.source_steps + PROFILE.joint_steps
     assert study.matched_steps() == both * 900 // 300
     assert study.matched_steps(study.config("source_control", {32: 1e-2}, 0)) == both * 600 // 300
+    assert study.matched_steps(sizes=PROFILE.sizes[:1]) == both * 900 // 100
     costs["hypernetwork"] = 150.0
     assert study.matched_steps(rival="hypernetwork") == both * 900 // 450
 
