@@ -459,7 +459,7 @@ class Study(Compared):
         if arm.model == "projectable" and "family" not in options:
             static = options.pop("static", "")
             options = self.maps.options | options | (dict.fromkeys(self.maps.families, static) if static else {})
-        if name in ("universal_distilled", "universal_matched", "universal_alone"):
+        if arm.model in ("universal", "distilled") and "conditioning" not in options:  # told as the best one is
             options["conditioning"] = dict(self.arms[self.best_universal(*sizes)].options)["conditioning"]
         both = p.source_steps + p.joint_steps
         steps = {"source": p.source_steps, "joint": p.joint_steps, "both": both, "half": both // 2, "none": 1}

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import struct
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
@@ -25,7 +26,7 @@ from projectable.config import DataConfig
 from projectable.experiment import data_for, folder_of, run
 from projectable.export import evaluate, export, load, write_grid
 from projectable.plotting import image_grid
-from projectable.storage import code_behind
+from projectable.storage import code_behind, locked
 from projectable.tasks import images, make_tasks, split_images
 from projectable.tasks.images import DataError, content_key, load_digits, load_folder, load_images, read_folder
 
@@ -482,6 +483,15 @@ def test_a_data_set_in_colour_by_name(cifar):
     data = experiment.data_for(DataConfig("CIFAR10", "classes", vocab_size=16))
     assert data.task_names[3] == "thing 3" and data.codebook.codes.shape == (16, 48)
     assert [len(t) for t in data.tokens["train"]] == [3] * 10  # of four, one is held back
+
+
+def test_one_process_at_a_time_downloads_a_data_set(cifar, offline):
+    with ThreadPoolExecutor(1) as pool:
+        with locked(offline / ".lock"):  # another one is at it
+            waiting = pool.submit(load_images, "CIFAR10")
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+        assert len(waiting.result(timeout=30).train[0]) == 40
 
 
 class Trap:
