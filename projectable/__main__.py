@@ -274,7 +274,8 @@ def sample(folder: str, n: int, output: str, seed: int, temperature: float) -> N
 @cli.command()
 @click.argument("folder", metavar="DIR")
 @click.option("--split", default="test", show_default=True, help="One of train, val, test.")
-def evaluate(folder: str, split: str) -> None:
+@click.option("--images", metavar="PATH", help="The folder of images, for a model of your own.")
+def evaluate(folder: str, split: str, images: str | None) -> None:
     """Measure a model on its task's images.
 
     Loss of the model in DIR, computed now: nats per token and bits per pixel.
@@ -286,7 +287,7 @@ def evaluate(folder: str, split: str) -> None:
     from projectable.export import load
 
     model = load(folder)
-    n_images, nats, bits = measure(model, split)
+    n_images, nats, bits = measure(model, split, images)
     where = f"{model.task} of {model.config['data_name']}, {n_images} {split} images"
     click.echo(f"{where}: {nats:.4f} nats per token, {bits:.4f} bits per pixel")
 

@@ -267,7 +267,7 @@ def export(
         "codebook": dict(patch=book.patch, height=book.height, width=book.width),
         "transposed": [k for k, w in weights.items() if not w.is_contiguous()],
         "task_axis": [k for k, w in weights.items() if w.dim() > PLAIN_AXES[k]],
-        "data": asdict(run.config.data),
+        "data": asdict(run.config.data) | dict(dataset=_without_path(run.config.data.dataset)),
         "data_name": data.name,
         "licence": data.licence,
         "run": dict(name=run.folder.name, model=run.config.model, seed=run.config.seed, commit=run.result["commit"]),
@@ -280,6 +280,12 @@ def export(
     config["losses"] = {split: small.mean_loss(tokens) for split, tokens in splits.items() if len(tokens)}
     _write(folder, config, weights, book, small if onnx else None)
     return folder
+
+
+def _without_path(dataset: str) -> str:
+    """folder:/home/ann/pets → folder:pets: a model may go to others, whom its maker's folders do not concern."""
+    kind, colon, path = dataset.partition(":")
+    return f"{kind}{colon}{Path(path).name}" if colon else dataset
 
 
 def _member(run: Run, members: tuple[str, ...], width: str | int) -> str:
@@ -409,17 +415,26 @@ def export_onnx(model: SmallTransformer, path: str | Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------------ use
 
 
-def evaluate(model: SmallTransformer, split: str = "test") -> tuple[int, float, float]:
+def evaluate(
+    model: SmallTransformer, split: str = "test", images: str | Path | None = None
+) -> tuple[int, float, float]:
     """Number of images, nats per token and bits per pixel of a model on its own task's data.
 
-    Raises ValueError for an unknown split, ModelError where the data here are not those that the model was made for.
+    `images`: where the folder lies, for a model of somebody's own. Raises ValueError for an unknown split, or for a
+    folder where none is asked for or none where one is; ModelError where the data here are not those that the model
+    was made for.
     """
     from .evaluation import bits_per_pixel
     from .experiment import data_for
 
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
-    data, config, book = data_for(DataConfig(**model.config["data"])), model.config, model.codebook
+    config, book, dataset = model.config, model.codebook, model.config["data"]["dataset"]
+    kind, colon, name = dataset.partition(":")
+    if bool(colon) != (images is not None):
+        allowed = f"the path of the folder {Path(name).name!r} (--images PATH)" if colon else f"none, for {dataset}"
+        raise ValueError(f"images={images} for a model of {config['data_name']}; allowed: {allowed}")
+    data = data_for(DataConfig(**config["data"] | dict(dataset=f"{kind}:{images}" if colon else dataset)))
     task_id, codes = config["task_id"], data.codebook.codes
     same = codes.shape == book.codes.shape and np.allclose(codes, book.codes, atol=1e-4)  # machines round differently
     if not same or data.task_names[task_id : task_id + 1] != (model.task,):

@@ -172,6 +172,7 @@ def test_errors_are_one_line_that_names_the_value(trained, model, tmp_path, caps
         (("project", trained.folder, "--task", 3, "--width", 8, "-o", model), "threes exists: "),
         (("evaluate", model, "--split", "all"), "unknown split 'all'; allowed: train, val, test"),
         (("sample", model, "-n", 0, "-o", tmp_path / "x"), "n=0 is no number of sequences; allowed: 1 or more"),
+        (("evaluate", model, "--images", tmp_path), f"images={tmp_path} for a model of digits/classes; allowed: none"),
         (("evaluate", tmp_path / "x"), "x does not exist; allowed: a folder"),
         (("evaluate", trained.folder), "is a run, of many tasks"),
         (("project", model, "--task", 3, "--width", 8, "-o", tmp_path / "x"), "threes is no run but a small model: "),

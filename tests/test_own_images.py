@@ -24,7 +24,7 @@ from PIL import Image
 from projectable import experiment, reporting
 from projectable.config import DataConfig
 from projectable.experiment import data_for, folder_of, run
-from projectable.export import evaluate, export, load, write_grid
+from projectable.export import ModelError, evaluate, export, load, write_grid
 from projectable.plotting import image_grid
 from projectable.storage import code_behind, locked
 from projectable.tasks import images, make_tasks, split_images
@@ -362,7 +362,12 @@ def test_from_a_folder_in_colour_to_a_small_model_that_samples_in_colour(tmp_pat
     run = experiment.run(tiny_projectable(source, data=data, steps=150))
     model = load(export(run, 8, "dogs", tmp_path / "dogs8"))
     assert model.config["data_name"] == "pets/classes" and model.codebook.codes.shape == (32, 12)
-    n, nats, _ = evaluate(model)
+    assert str(tmp_path) not in "".join(f.read_bytes().decode(errors="ignore") for f in (tmp_path / "dogs8").iterdir())
+    with pytest.raises(ValueError, match=r"images=None for a model of pets.*the folder 'pets' \(--images PATH\)"):
+        evaluate(model)
+    with pytest.raises(ModelError, match="other codes or tasks here"):
+        evaluate(model, images=write_images(tmp_path / "others", n=41, colour=True))
+    n, nats, _ = evaluate(model, images=folder)
     assert n == 8 and nats == pytest.approx(model.config["losses"]["test"]) and nats < np.log(32)
     drawn = model.sample(20, seed=0)
     assert drawn.shape == (20, 8, 8, 3)
