@@ -17,6 +17,7 @@ from torch import Tensor
 from .images import Images, load_images
 
 SPLITS = ("train", "val", "test")
+SEED = 0  # of splits, codebooks, clusters and drawings: they are the same for all runs
 FEW = r"(.+)-few(\d+)(?:-s(\d+))?"  # tasks with few images: the tasks, how many, the seed that draws them
 HELD_OUT_CLASSES = {  # of `seen7` and `unseen3`: fixed before anything was trained
     "fashion": ("sandal", "shirt", "bag"),
@@ -54,7 +55,7 @@ class Codebook:
     width: int
 
     @classmethod
-    def fit(cls, images: np.ndarray, patch: int, size: int, seed: int = 0, max_patches: int = 50_000) -> Codebook:
+    def fit(cls, images: np.ndarray, patch: int, size: int, max_patches: int = 50_000) -> Codebook:
         """k-means on patches of `images` (n, H, W, C): training images only. Codes are sorted by brightness.
 
         Raises ValueError where `patch` does not divide the images, or there are fewer patches than codes.
@@ -62,12 +63,12 @@ class Codebook:
         from sklearn.cluster import KMeans
 
         patches = to_patches(images, patch).reshape(-1, patch * patch * images.shape[-1])
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(SEED)
         if len(patches) > max_patches:
             patches = patches[rng.choice(len(patches), max_patches, replace=False)]
         if len(patches) < size:
             raise ValueError(f"a codebook of {size} codes needs as many patches; these images have {len(patches)}")
-        fit = KMeans(size, n_init=1, max_iter=20, random_state=seed).fit(patches)
+        fit = KMeans(size, n_init=1, max_iter=20, random_state=SEED).fit(patches)
         codes = np.clip(fit.cluster_centers_, 0, 1).astype(np.float32)
         return cls(codes[np.argsort(codes.mean(1), kind="stable")], patch, images.shape[1], images.shape[2])
 
@@ -149,7 +150,7 @@ class TaskData:
         return torch.stack([self.tokens["train"][t][i] for t, i in zip(task_ids.tolist(), index, strict=True)])
 
 
-def split_images(images: Images, val_per_class: int, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def split_images(images: Images, val_per_class: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Training images less `val_per_class` of each class (a quarter of it at most) for validation; the test images.
 
     An image set that comes with validation images keeps them.
@@ -157,7 +158,7 @@ def split_images(images: Images, val_per_class: int, seed: int = 0) -> dict[str,
     if images.val is not None:
         return {"train": images.train, "val": images.val, "test": images.test}
     x, y = images.train
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     val = np.zeros(len(x), bool)
     for label in range(len(images.label_names)):
         mine = np.nonzero(y == label)[0]
@@ -165,7 +166,7 @@ def split_images(images: Images, val_per_class: int, seed: int = 0) -> dict[str,
     return {"train": (x[~val], y[~val]), "val": (x[val], y[val]), "test": images.test}
 
 
-def cluster_labels(splits: dict[str, tuple[np.ndarray, np.ndarray]], n_clusters: int, seed: int = 0):
+def cluster_labels(splits: dict[str, tuple[np.ndarray, np.ndarray]], n_clusters: int):
     """Another definition of tasks: k-means clusters of PCA'd pixels, fitted on training images only.
 
     Raises ValueError for no cluster, or more of them than images to fit them on.
@@ -179,8 +180,8 @@ def cluster_labels(splits: dict[str, tuple[np.ndarray, np.ndarray]], n_clusters:
         raise ValueError(
             f"clusters{n_clusters} of {len(some)} training images; allowed: clusters1 to clusters{len(some)}"
         )
-    pca = PCA(min(32, *some.shape), random_state=seed).fit(some)
-    kmeans = KMeans(n_clusters, n_init=1, max_iter=50, random_state=seed).fit(pca.transform(some))
+    pca = PCA(min(32, *some.shape), random_state=SEED).fit(some)
+    kmeans = KMeans(n_clusters, n_init=1, max_iter=50, random_state=SEED).fit(pca.transform(some))
     return {name: kmeans.predict(pca.transform(x)).astype(np.int64) for name, x in flat.items()}
 
 
@@ -207,7 +208,6 @@ def make_tasks(
     vocab_size: int = 256,
     patch: int = 4,
     val_per_class: int = 600,
-    seed: int = 0,
 ) -> TaskData:
     """Tasks of an image set: `classes`, or `clustersK` (e.g. clusters64). The codebook sees training images only.
 
@@ -223,23 +223,23 @@ def make_tasks(
         if value < least:
             raise ValueError(f"{name}={value}; allowed: {least} or more")
     if scarce := re.fullmatch(FEW, tasks):
-        whole = make_tasks(dataset, scarce[1], vocab_size, patch, val_per_class, seed)
+        whole = make_tasks(dataset, scarce[1], vocab_size, patch, val_per_class)
         return few(whole, int(scarce[2]), int(scarce[3] or 0))
     if dataset in MAKERS:
-        return MAKERS[dataset](tasks, vocab_size, patch, val_per_class, seed)
+        return MAKERS[dataset](tasks, vocab_size, patch, val_per_class)
     images = load_images(dataset, patch)
-    splits = split_images(images, val_per_class, seed)
+    splits = split_images(images, val_per_class)
     held_out = [images.label_names.index(c) for c in HELD_OUT_CLASSES.get(dataset, ())]
     one_side = bool(held_out) and tasks in ("seen7", "unseen3")
     x, y = splits["train"]
     if one_side:
         x = x[~np.isin(y, held_out)]
-    codebook = Codebook.fit(x[:10_000], patch, vocab_size, seed)
+    codebook = Codebook.fit(x[:10_000], patch, vocab_size)
     if tasks == "classes" or one_side:
         labels, names = {name: y for name, (_, y) in splits.items()}, images.label_names
     elif tasks.startswith("clusters") and tasks[8:].isdigit():
         n_tasks = int(tasks[8:])
-        labels, names = cluster_labels(splits, n_tasks, seed), tuple(f"cluster {i}" for i in range(n_tasks))
+        labels, names = cluster_labels(splits, n_tasks), tuple(f"cluster {i}" for i in range(n_tasks))
     else:
         more = f", seen7, unseen3 ({', '.join(HELD_OUT_CLASSES[dataset])})" if held_out else ""
         raise ValueError(f"unknown tasks {tasks!r}; allowed: classes, clustersK with a number K (clusters64){more}")
@@ -255,24 +255,24 @@ def make_tasks(
     return TaskData(f"{images.name}/{tasks}", tuple(names[t] for t in chosen), tokens, codebook, images.licence)
 
 
-def _glyphs(tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int) -> TaskData:
+def _glyphs(tasks: str, vocab_size: int, patch: int, val_per_class: int) -> TaskData:
     from .glyphs import make_glyphs
 
-    return make_glyphs(tasks, vocab_size, patch, val_per_class, seed)
+    return make_glyphs(tasks, vocab_size, patch, val_per_class)
 
 
-def _text(tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int) -> TaskData:
+def _text(tasks: str, vocab_size: int, patch: int, val_per_class: int) -> TaskData:
     from .text import make_text
 
-    return make_text(tasks, vocab_size, val_per_class, seed)
+    return make_text(tasks, vocab_size, val_per_class)
 
 
-def _captioned(images: str, tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int) -> TaskData:
+def _captioned(images: str, tasks: str, vocab_size: int, patch: int, val_per_class: int) -> TaskData:
     from .text import LETTERS, caption
 
     if vocab_size <= len(LETTERS):
         raise ValueError(f"vocab_size={vocab_size} with captions; allowed: {len(LETTERS) + 1} or more")
-    return caption(make_tasks(images, tasks, vocab_size - len(LETTERS), patch, val_per_class, seed))
+    return caption(make_tasks(images, tasks, vocab_size - len(LETTERS), patch, val_per_class))
 
 
 def _captioned_fashion(*about) -> TaskData:
@@ -284,13 +284,13 @@ def _captioned_digits(*about) -> TaskData:
 
 
 @cache
-def _seen(dataset: str, patch: int, val_per_class: int, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _seen(dataset: str, patch: int, val_per_class: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Each split's images (n, H, W, C), of training 15,000 at most, and what a frozen encoder sees in them (n, K)."""
     from tqdm import tqdm
 
     from ..features import image_features
 
-    splits = {name: x for name, (x, _) in split_images(load_images(dataset, patch), val_per_class, seed).items()}
+    splits = {name: x for name, (x, _) in split_images(load_images(dataset, patch), val_per_class).items()}
     splits["train"] = splits["train"][:15_000]
     every = np.concatenate(list(splits.values()))
     with tqdm(total=len(every), unit="image", desc="features of images", mininterval=5) as bar:
@@ -304,14 +304,14 @@ def _seen(dataset: str, patch: int, val_per_class: int, seed: int) -> dict[str, 
     return {name: (x, part) for (name, x), part in zip(splits.items(), parts, strict=True)}
 
 
-def _featured(dataset: str, tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int) -> TaskData:
+def _featured(dataset: str, tasks: str, vocab_size: int, patch: int, val_per_class: int) -> TaskData:
     if not (tasks.startswith("clusters") and tasks[8:].isdigit()):
         raise ValueError(
             f"unknown tasks {tasks!r} of featured_{dataset}; allowed: clustersK with a number K (clusters64)"
         )
-    images, seen, n_tasks = load_images(dataset, patch), _seen(dataset, patch, val_per_class, seed), int(tasks[8:])
-    labels = cluster_labels({name: (features, x) for name, (x, features) in seen.items()}, n_tasks, seed)
-    codebook = Codebook.fit(seen["train"][0][:10_000], patch, vocab_size, seed)
+    images, seen, n_tasks = load_images(dataset, patch), _seen(dataset, patch, val_per_class), int(tasks[8:])
+    labels = cluster_labels({name: (features, x) for name, (x, features) in seen.items()}, n_tasks)
+    codebook = Codebook.fit(seen["train"][0][:10_000], patch, vocab_size)
     tokens = {}
     for split, (x, _) in seen.items():
         encoded = torch.from_numpy(codebook.encode(x))

@@ -7,7 +7,7 @@ What is notable:
 - Letters of one shape are one task. Shapes are compared as bitmaps of one size, so that A, Α and А are found without
   a list, and so are C and c. The training scripts come first: what looks like their letters is no held-out letter.
 - Letters that Unicode decomposes (accented copies, ligatures) are no tasks.
-- An image is a pure function of letter, split, number and seed.
+- An image is a pure function of letter, split and number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from . import SPLITS, Codebook, TaskData
+from . import SEED, SPLITS, Codebook, TaskData
 from .images import DataError
 
 SIZE = 20  # pixels, both ways
@@ -103,13 +103,13 @@ def _master(letter: str, face: str, stroke: int = 0) -> Image.Image:
     return canvas
 
 
-def draw(letter: str, split: str, n: int, seed: int = 0) -> np.ndarray:
+def draw(letter: str, split: str, n: int) -> np.ndarray:
     """The first n images of a letter, (n, SIZE, SIZE, 1) float32 in [0, 1]; the faces of the split take turns.
 
     Size, stroke, rotation, shear and place differ from image to image.
     """
     faces = [face for family in families_of()[letter] for face in FACES[family][split]]
-    rng = np.random.default_rng([seed, SPLITS.index(split), ord(letter)])
+    rng = np.random.default_rng([SEED, SPLITS.index(split), ord(letter)])
     out = np.empty((n, SIZE, SIZE), np.uint8)
     # a row an image, so that the first images stay the same whatever n is
     for i, (size, stroke, turn, shear, dx, dy) in enumerate(rng.random((n, 6))):
@@ -167,15 +167,15 @@ def differences(letters: list[str]) -> np.ndarray:
 
 
 @cache
-def letters(seed: int = 0) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The letters to train on, in a seeded order, and the held-out ones, script by script."""
+def letters() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The letters to train on, in a shuffled order, and the held-out ones, script by script."""
     known = sorted(families_of(), key=lambda letter: script(letter) not in TRAIN_SCRIPTS)
     near = differences(known) < SAME_SHAPE
     kept: list[int] = []
     for i in range(len(known)):
         if not near[i][kept].any():
             kept.append(i)
-    rng = np.random.default_rng([seed, 2])
+    rng = np.random.default_rng([SEED, 2])
     train = [known[i] for i in kept if script(known[i]) in TRAIN_SCRIPTS]
     held_out: dict[str, list[str]] = {}
     for letter in (known[i] for i in kept[len(train) :]):
@@ -186,27 +186,27 @@ def letters(seed: int = 0) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 @cache
-def _codebook(patch: int, size: int, seed: int) -> Codebook:
+def _codebook(patch: int, size: int) -> Codebook:
     """Fitted on 12 training images of every training letter: one and the same for all sets of glyph tasks."""
-    return Codebook.fit(np.concatenate([draw(x, "train", 12, seed) for x in letters(seed)[0]]), patch, size, seed)
+    return Codebook.fit(np.concatenate([draw(x, "train", 12) for x in letters()[0]]), patch, size)
 
 
-def make_glyphs(tasks: str, vocab_size: int, patch: int, val_per_class: int, seed: int = 0) -> TaskData:
-    """Letters as tasks: `train`, or those of the `heldout` scripts; with a number N, the first N in a seeded order.
+def make_glyphs(tasks: str, vocab_size: int, patch: int, val_per_class: int) -> TaskData:
+    """Letters as tasks: `train`, or those of the `heldout` scripts; with a number N, the first N in a shuffled order.
 
     Raises ValueError naming the allowed values, DataError where the fonts are missing.
     """
-    train, held_out = letters(seed)
-    sides = {"train": train, "heldout": tuple(np.random.default_rng([seed, 4]).permutation(held_out).tolist())}
+    train, held_out = letters()
+    sides = {"train": train, "heldout": tuple(np.random.default_rng([SEED, 4]).permutation(held_out).tolist())}
     side = tasks.rstrip("0123456789")
     n = int(tasks[len(side) :] or 0)
     if side not in sides or not (tasks == side or 1 <= n <= len(sides[side])):
         words = ", ".join(f"{name}, {name}N with N from 1 to {len(them)}" for name, them in sides.items())
         raise ValueError(f"unknown tasks {tasks!r}; allowed: {words}")
     chosen = sides[side][:n] if n else held_out if side == "heldout" else train
-    book = _codebook(patch, vocab_size, seed)
+    book = _codebook(patch, vocab_size)
     counts = PER_TASK | {"val": val_per_class}
-    tokens = {s: [torch.from_numpy(book.encode(draw(x, s, counts[s], seed))) for x in chosen] for s in SPLITS}
+    tokens = {s: [torch.from_numpy(book.encode(draw(x, s, counts[s]))) for x in chosen] for s in SPLITS}
     names = tuple(unicodedata.name(x) for x in chosen)
     licence = "DejaVu fonts (Bitstream Vera and Arev licences, changes in the public domain)"
     return TaskData(f"glyphs/{tasks}", names, tokens, book, licence, tuple(script(x) for x in chosen))

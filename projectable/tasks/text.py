@@ -27,7 +27,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 
-from . import SPLITS, Codebook, TaskData
+from . import SEED, SPLITS, Codebook, TaskData
 from .images import DataError
 
 LENGTH = 64  # characters of a sequence
@@ -166,8 +166,8 @@ def _docstrings(path: Path) -> str:
     return "\n\n".join(text for text in found if text)
 
 
-def documents(kind: str, seed: int = 0) -> Iterator[str]:
-    """The texts of a kind, a file each, in a seeded order; read only as they are asked for.
+def documents(kind: str) -> Iterator[str]:
+    """The texts of a kind, a file each, in a shuffled order; read only as they are asked for.
 
     Tabs are four spaces; ends of lines and of files are bare. Raises DataError where the package is missing.
     """
@@ -177,15 +177,15 @@ def documents(kind: str, seed: int = 0) -> Iterator[str]:
         items: list = [text for text in texts if isinstance(text, str) and "\n" in text]
     else:
         items = files
-    for i in np.random.default_rng([seed, 3]).permutation(len(items)):
+    for i in np.random.default_rng([SEED, 3]).permutation(len(items)):
         item = items[i]
         if isinstance(item, Path):
             item = _docstrings(item) if KINDS[kind].docstrings else item.read_text("utf-8", errors="replace")
         yield re.sub(r"\n{3,}", "\n\n", re.sub(r" +$", "", item.expandtabs(4), flags=re.MULTILINE)).strip()
 
 
-def sequences(kind: str, counts: dict[str, int], seed: int = 0) -> dict[str, list[str]]:
-    """At most counts[split] sequences of a kind by split, in a seeded order.
+def sequences(kind: str, counts: dict[str, int]) -> dict[str, list[str]]:
+    """At most counts[split] sequences of a kind by split, in a shuffled order.
 
     Files go to test first, then to validation, the rest to training, as far as they are needed. A paragraph that came
     before (licence headers, copied functions) is left out.
@@ -194,7 +194,7 @@ def sequences(kind: str, counts: dict[str, int], seed: int = 0) -> dict[str, lis
     room = {"train": 1.0, "val": 1.4, "test": 1.4}  # for those that training text holds, too
     found: dict[str, list[str]] = {split: [] for split in order}
     seen: set[str] = set()
-    for text in documents(kind, seed):
+    for text in documents(kind):
         split = next((s for s in order if len(found[s]) < room[s] * counts[s]), None)
         if split is None:
             break
@@ -209,12 +209,12 @@ def sequences(kind: str, counts: dict[str, int], seed: int = 0) -> dict[str, lis
         new = [piece for piece in dict.fromkeys(found[split]) if piece not in before]
         text = "".join(found[split])
         before.update(text[i : i + LENGTH] for i in range(len(text) - LENGTH + 1))  # at every place, not only the cuts
-        chosen = np.random.default_rng([seed, SPLITS.index(split)]).permutation(len(new))[: counts[split]]
+        chosen = np.random.default_rng([SEED, SPLITS.index(split)]).permutation(len(new))[: counts[split]]
         out[split] = [new[i] for i in chosen]
     return out
 
 
-def make_text(tasks: str, vocab_size: int, val_per_class: int, seed: int = 0) -> TaskData:
+def make_text(tasks: str, vocab_size: int, val_per_class: int) -> TaskData:
     """Kinds of writing as tasks (`kinds`), LENGTH characters a sequence; `codebook` is an `Alphabet`.
 
     Raises ValueError naming the allowed values, DataError where a package is missing or has too little text.
@@ -222,7 +222,7 @@ def make_text(tasks: str, vocab_size: int, val_per_class: int, seed: int = 0) ->
     if tasks != "kinds":
         raise ValueError(f"unknown tasks {tasks!r}; allowed: kinds")
     counts = PER_TASK | {"val": val_per_class}
-    found = {kind: sequences(kind, counts, seed) for kind in KINDS}
+    found = {kind: sequences(kind, counts) for kind in KINDS}
     for kind, by_split in found.items():
         for split, texts in by_split.items():
             if len(texts) < counts[split] / 2:
