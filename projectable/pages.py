@@ -480,12 +480,12 @@ def index_html(
     notebooks: list[dict],
     figures: Path,
     speed: list[dict],
-    other: dict,
+    others: Sequence[dict] = (),
     profiles: Sequence[tuple[str, str]] = (),
 ) -> str:
     """The index: headline figure, a row for claims alike but for width or images, a notebook, a benchmark (`speed`).
 
-    `other`: the claims beside those of another run (`reporting.another_run`); `profiles`: words and address of the
+    `others`: the claims beside those of other runs (`reporting.another_run`); `profiles`: words and address of the
     index of other profiles.
     """
     first = {status["notebook"]: status["figure"] for status in notebooks}
@@ -508,5 +508,5 @@ def index_html(
         waiting=[status["notebook"] for status in notebooks if status["status"] == "not run yet"],
         profiles=profiles,
         speed=speed,
-        other=other,
+        others=[other for other in others if other["both"]],
     )

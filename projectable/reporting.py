@@ -398,27 +398,29 @@ def build_index(profile: str) -> None:
     claims = _read_json(reports / "claims.json", [])
     bench = reports / "results" / "bench.csv"  # of `make bench`
     speed = list(csv.DictReader(bench.read_text(encoding="utf-8").splitlines())) if bench.exists() else []
-    other = another_run(claims, reports / "results" / "claims_another_run.csv")
+    others = [another_run(claims, path) for path in sorted((reports / "results").glob("claims_*_run.csv"))]
     profiles = []
     if is_reference(profile) and (reports_dir("gpu") / "index.html").exists():
         profiles.append(("The same with a larger source and more images, on a GPU", "gpu/index.html"))
     elif profile != "laptop" and (reports.parent / "index.html").exists():
         profiles.append(("The reference run, of profile laptop", "../index.html"))
-    html = pages.index_html(profile, claims, notebooks, reports / "figures", speed, other, profiles)
+    html = pages.index_html(profile, claims, notebooks, reports / "figures", speed, others, profiles)
     write_atomically(reports / "index.html", html)
 
 
 def another_run(claims: list[dict], path: Path) -> dict:
     """These claims beside those of another run, kept in a CSV (id, value, ci_low, ci_high, verdict, commit).
 
-    `both`: how many claims have both; `changed`: pairs of claims whose verdict differs; `commits` of the other run.
+    `file`: its name; `both`: how many claims have both; `changed`: pairs of claims whose verdict differs; `commits` of
+    the other run.
     """
-    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     numbers = ("value", "ci_low", "ci_high")
     there = {row["id"]: row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows}
     pairs = [(claim, there[claim["id"]]) for claim in claims if claim["id"] in there]
     changed = [(claim, other) for claim, other in pairs if claim["verdict"] != other["verdict"]]
-    return dict(both=len(pairs), changed=changed, commits=sorted({other["commit"] for _, other in pairs}))
+    commits = sorted({other["commit"] for _, other in pairs})
+    return dict(file=path.name, both=len(pairs), changed=changed, commits=commits)
 
 
 def write_readme_claims() -> None:

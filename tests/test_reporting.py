@@ -23,7 +23,8 @@ from PIL import Image
 from projectable import __main__, pages, reporting
 from projectable.reporting import Report, ReportError, Status
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS, REPORTS = (Path(__file__).parents[1] / name for name in ("notebooks", "reports"))
+KEPT = sorted((REPORTS / "results").glob("claims_*_run.csv"))  # claims of runs beside the reference
 TEXT = r"""# A question?
 
 Loss $L = \lambda \mathrm{CE}(M_1; x, t)$, but `$HOME and $PATH` is code.
@@ -271,7 +272,7 @@ def test_index_shows_claims_that_differ_in_a_width_in_one_row(tmp_path):
         dict(id=f"headline.d{s}", claim=f"Small wins at width {s}", value=0.2, verdict=verdict, **common)
         for s, verdict in ((8, "reproduced"), (16, "inconclusive"))
     ]
-    html = pages.index_html("laptop", claims, [], tmp_path, [], reporting.another_run(claims, tmp_path / "none"))
+    html = pages.index_html("laptop", claims, [], tmp_path, [])
     rows = html[html.index("<tbody>") : html.index("</tbody>")]
     assert rows.count("Small wins") == rows.count('href="04_a.html"') == 1
     assert [rows.count(f"width {s}:") for s in (8, 16)] == [1, 1]
@@ -289,17 +290,18 @@ def test_the_index_tells_what_differs_from_another_run(tmp_path):
     assert [(a["id"], b["verdict"], b["value"], b["ci_low"]) for a, b in other["changed"]] == [
         ("c2", "inconclusive", -0.25, None)
     ]
-    html = pages.index_html("laptop", here, [], tmp_path, [], other)
+    alike = reporting.another_run(here[:2], tmp_path / "other.csv")
+    html = pages.index_html("laptop", here, [], tmp_path, [], [other, alike])
     assert "1 of 2 verdicts are the same" in html and html.count("claim 2") == 2 and html.count("claim 1") == 1
-    assert "Beside another run" not in pages.index_html("laptop", here, [], tmp_path, [], other | dict(both=0))
+    assert "1 of 1 verdicts are the same" in html and html.count("None differs.") == 1
+    assert "Beside another run" not in pages.index_html("laptop", here, [], tmp_path, [], [other | dict(both=0)])
 
 
-def test_the_other_run_that_is_kept_is_another():
-    reports = Path(__file__).parents[1] / "reports"
-    claims = json.loads((reports / "claims.json").read_text())
-    there = pd.read_csv(reports / "results" / "claims_another_run.csv").set_index("id")
+@pytest.mark.parametrize("kept", KEPT, ids=lambda path: path.stem)
+def test_another_run_that_is_kept_is_another(kept):
+    claims, there = json.loads((REPORTS / "claims.json").read_text()), pd.read_csv(kept).set_index("id")
     pairs = [(claim, there.loc[claim["id"]]) for claim in claims if claim["id"] in there.index]
-    assert len(pairs) > 100
+    assert len(pairs) > 30 and there.index.is_unique
     same = [claim["id"] for claim, other in pairs if claim["commit"] == other["commit"]]
     assert same == []
 
@@ -384,8 +386,7 @@ def test_a_claim_is_shown_by_its_own_figure(tmp_path):
         notebook="n", title="", status="ok", figure="first", seconds=1.0, budget=None, page=True, trained=None
     )
     status |= dict(profile="laptop", device="", commit="", finished="", error="")
-    other = reporting.another_run(claims, tmp_path / "none")
-    html = pages.index_html("laptop", claims, [status], tmp_path, [], other)
+    html = pages.index_html("laptop", claims, [status], tmp_path, [])
     table = html[html.index('<table class="rows claims">') :]
     shown = [base64.b64decode(found) for found in re.findall(r'class="thumb">.*?base64,([^"]+)', table)]
     pixels = [Image.open(io.BytesIO(found)).convert("RGB").getpixel((4, 4)) for found in shown]
