@@ -197,19 +197,10 @@ class Orthonormal(Generator):
         return self.inner.rate_factor(name.removeprefix("inner."))
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.inner(z)
-        gram = x.mT @ x  # (T, S, n, n)
-        square = gram @ gram
-        scale = _scale_of(gram.detach(), square.detach())  # the polar factor has no scale
-        gram, square = gram / scale, square / scale.square()
-        one, root, step = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device), None, None
-        for _ in range(self.steps):  # singular values s of X become s (15 − 10 s² + 3 s⁴) / 8, up to s² < 7/3
-            if root is not None:
-                gram = step @ gram @ step
-                square = gram @ gram
-            step = 1.875 * one - 1.25 * gram + 0.375 * square
-            root = step if root is None else root @ step
-        return x @ (root * scale.rsqrt())
+        maps = self.inner(z)
+        with torch.autocast(maps.device.type, enabled=False):
+            x = maps.flatten(0, 1).to(torch.promote_types(maps.dtype, torch.float32))
+            return _Polar.apply(x, self.steps).view(maps.shape)
 
 
 @family
@@ -242,6 +233,58 @@ def _positive(**option: int) -> int:
 def _divisor(size: int) -> int:
     """The largest divisor of size that is not above its root."""
     return next(d for d in range(math.isqrt(size), 0, -1) if size % d == 0)
+
+
+class _Polar(torch.autograd.Function):
+    """X (XᵀX)^(−1/2) of X (B, m, n), m ≥ n, by Newton–Schulz steps: singular values s become s (15 − 10 s² + 3 s⁴) / 8.
+
+    That converges where s² < 7/3. All matrices (n × n) are polynomials of one, XᵀX, so they commute and are symmetric;
+    hence of a gradient only the symmetric part counts, and its products are half of those that autograd would make.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, steps: int) -> Tensor:
+        gram = torch.bmm(x.mT, x)  # (B, n, n)
+        square = torch.bmm(gram, gram)
+        scale = _scale_of(gram, square)  # the polar factor has no scale
+        grams, factors = (
+            [gram / scale],
+            [square.mul_(0.375 / scale.square())],
+        )  # of each step G, and (15 − 10 G + 3 G²) / 8
+        factors[0].sub_(grams[0], alpha=1.25).diagonal(dim1=-2, dim2=-1).add_(1.875)
+        products = [factors[0]]  # of the factors up to each; the last is the root
+        for _ in range(steps - 1):
+            gram = torch.bmm(torch.bmm(factors[-1], grams[-1]), factors[-1])
+            grams.append(gram)
+            factors.append(torch.baddbmm(gram, gram, gram, beta=-1.25, alpha=0.375))
+            factors[-1].diagonal(dim1=-2, dim2=-1).add_(1.875)
+            products.append(torch.bmm(products[-1], factors[-1]))
+        root = products[-1] * scale.rsqrt()
+        ctx.save_for_backward(x, scale, root, *grams, *factors, *products[:-1])
+        ctx.steps = steps
+        return torch.bmm(x, root)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, scale, root, *rest = ctx.saved_tensors
+        grams, factors, products = rest[: ctx.steps], rest[ctx.steps : 2 * ctx.steps], rest[2 * ctx.steps :]
+        dx, droot = torch.bmm(grad, root), torch.bmm(x.mT, grad).mul_(scale.rsqrt())
+        dgram = None  # of the step after
+        for i in reversed(range(ctx.steps)):
+            # of symmetric matrices twice the gradient, here and below: it is what X needs in the end
+            dfactor = _and_transposed(torch.bmm(products[i - 1], droot) if i else droot)
+            if dgram is not None:
+                half = torch.bmm(dgram, factors[i])
+                dfactor += _and_transposed(torch.bmm(half, grams[i]))
+            if i:
+                droot = torch.bmm(droot, factors[i])
+            more = _and_transposed(torch.bmm(dfactor, grams[i])).mul_(0.375).sub_(dfactor, alpha=1.25)
+            dgram = more if dgram is None else more.baddbmm_(factors[i], half)
+        return dx.baddbmm_(x, dgram.div_(scale)), None
+
+
+def _and_transposed(x: Tensor) -> Tensor:
+    return x + x.mT
 
 
 def _scale_of(gram: Tensor, square: Tensor) -> Tensor:

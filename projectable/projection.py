@@ -208,17 +208,24 @@ def _times(rows: Tensor, w: Tensor) -> Tensor:
         y = rows.reshape(tasks * m, d) @ w.transpose(0, 1).reshape(d, -1)  # (T·m, L·k)
         return y.view(tasks, m, len(w), -1).transpose(1, 2)
     rows = rows.transpose(0, 1).reshape(layers, tasks * m, d)
-    return torch.matmul(rows, w).view(layers, tasks, m, -1).transpose(0, 1)
+    return torch.bmm(rows, w).view(layers, tasks, m, -1).transpose(0, 1)
 
 
 def _map_pair(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """a G, b G of a, b (T, L, m, k): one G (T, L, k, n) for both, or one each, stacked (T, 2L, k, n)."""
     if g.shape[1] == a.shape[1]:
         n_tasks = max(len(a), len(b))  # where maps do not depend on the task, one of them may
-        both = torch.cat([w.expand(n_tasks, -1, -1, -1) for w in (a, b)], dim=-2) @ g
+        both = _mapped(torch.cat([w.expand(n_tasks, -1, -1, -1) for w in (a, b)], dim=-2), g)
         return both.split([a.shape[-2], b.shape[-2]], dim=-2)
     g_a, g_b = g.chunk(2, dim=1)
-    return a @ g_a, b @ g_b
+    return _mapped(a, g_a), _mapped(b, g_b)
+
+
+def _mapped(w: Tensor, g: Tensor) -> Tensor:
+    """w G of w (T, L, m, k), G (T, L, k, n); where one of them does not depend on the task, T = 1 in it."""
+    if len(w) != len(g):
+        return w @ g
+    return torch.bmm(w.flatten(0, 1), g.flatten(0, 1)).unflatten(0, w.shape[:2])  # `@` would add views to undo
 
 
 class Projectable(Model):

@@ -184,7 +184,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (T, M, in) times weight (in, out) or (T, in, out), plus bias (out) or (T, out)."""
     if bias is not None and bias.dim() == 2 and weight.dim() == 3:
         return torch.baddbmm(bias.unsqueeze(1), x, weight)
-    y = torch.matmul(x, weight)
+    y = torch.matmul(x, weight) if weight.dim() == 2 else torch.bmm(x, weight)
     if bias is not None:
         y = y + (bias if bias.dim() == 1 else bias.unsqueeze(-2))
     return y

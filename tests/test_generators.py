@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from projectable.generators import FAMILIES, Kronecker, Linear, LowRank, LowRankMLP, Mixture, make_generator
+from projectable.generators import (
+    FAMILIES,
+    Kronecker,
+    Linear,
+    LowRank,
+    LowRankMLP,
+    Mixture,
+    _Polar,
+    _scale_of,
+    make_generator,
+)
 from projectable.transformer import Products
 
 T, K, S, M, N = 4, 3, 2, 6, 5
@@ -176,6 +186,25 @@ class TestOrthonormal:
         direction = torch.randn_like(maps)
         ours, exact = (torch.autograd.grad((m * direction).sum(), z, retain_graph=True)[0] for m in (maps, u @ v))
         torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("steps", [1, 2, 4])
+    def test_gradients_are_those_of_the_steps_themselves(self, steps):
+        """The scale, which only decides how soon they converge, is no part of them."""
+        torch.manual_seed(0)
+        mine = (torch.eye(7, 4) + 0.3 * torch.randn(3, 7, 4)).double().requires_grad_()
+        theirs = mine.detach().clone().requires_grad_()
+        gram = theirs.mT @ theirs
+        scale = _scale_of(gram.detach(), (gram @ gram).detach())
+        expected = theirs / scale.sqrt()
+        for _ in range(steps):  # X (15 − 10 XᵀX + 3 (XᵀX)²) / 8
+            gram = expected.mT @ expected
+            expected = expected @ (15 * torch.eye(4) - 10 * gram + 3 * gram @ gram) / 8
+        y = _Polar.apply(mine, steps)
+        direction = torch.randn_like(y)
+        y.backward(direction)
+        expected.backward(direction)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-12)
 
     def test_more_steps_for_maps_far_from_orthonormal(self):
         base = orthonormal(1, 24, 12)
