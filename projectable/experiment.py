@@ -65,7 +65,7 @@ from .storage import (
 from .tasks import FEW, Codebook, TaskData, few, make_tasks, text
 from .tasks.images import content_key
 from .training import DivergedError, Jobs, Outcome, Team, split_losses, train
-from .transformer import Products, use_onednn
+from .transformer import Products
 
 Report = Callable[[int, int, float], None]
 
@@ -115,7 +115,7 @@ def _data_code(config: DataConfig) -> str:
 
 def _run_code(config: RunConfig) -> str:
     """A hash of what decides the numbers of a run beside its config: data, model, training, and those of its start."""
-    decide = [untrained, train, RunConfig.shape, RunConfig.rates, make_tasks, use_onednn]
+    decide = [untrained, train, RunConfig.shape, RunConfig.rates, make_tasks]
     code = _content(config.data)
     code += fingerprint(decide, _words_of(config), dict(config.options))
     return code + _run_code(config.start) if config.start is not None else code

@@ -12,7 +12,6 @@ What is notable:
   half of them replaced by a mask, and only those are predicted. The mask is one more token, V + 1 rows of the
   embedding; the head's last column, there because a `Shape` has one vocabulary, is left out of the loss.
 - On a CPU the loss never keeps the logits: `task_losses` computes loss and gradient in one pass.
-- On AMD's processors products go to oneDNN, twice as fast there as PyTorch's own way: `use_onednn`, called on import.
 - Sampling prepares the weights once: task axes filled in, layers unbound, 1/√d_h and the temperature folded in. A step
   touches one position of all sequences of all tasks; keys and values of earlier positions are cached.
 - Each cache lies as its product reads it fastest on a CPU: keys in rows of length d_h, values in rows of length N.
@@ -34,28 +33,6 @@ Weights = dict[str, Tensor]
 
 EPS = 1e-6  # of RMSNorm
 MASKED = 0.5  # the share of a sequence's tokens that a masked model has to fill in
-
-
-def use_onednn(capabilities: dict | None = None) -> bool:
-    """Have this process multiply float32 matrices by oneDNN, on an AMD processor with AVX-512; says whether it will.
-
-    PyTorch takes MKL, which there leaves AVX-512 unused: 110 GFLOP/s a core against 240. Its one way to oneDNN is to
-    allow bfloat16 inside of products, which oneDNN makes use of only where a processor has AMX; elsewhere they stay
-    float32 to the last digits (a test compares). Nothing changes where there is AMX or a GPU (which would round, too)
-    or where the precision has been set already. `capabilities`: those of this machine, `torch.cpu.get_capabilities`.
-    """
-    if capabilities is None:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    amx = any(on for name, on in capabilities.items() if name.startswith("amx"))
-    fit = "AMD" in capabilities.get("cpu_name", "") and capabilities.get("avx512_f", False) and not amx
-    if not fit or torch.cuda.device_count() > 0:
-        return False
-    if torch.backends.mkldnn.matmul.fp32_precision == "none":  # nobody has set it
-        torch.set_float32_matmul_precision("medium")
-    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-
-
-use_onednn()
 
 
 @dataclass(frozen=True)

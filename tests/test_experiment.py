@@ -243,7 +243,7 @@ RUNS, PROJECTED, ALL = set(KEYED), {"linear", "by default", *LOW_RANK}, {*KEYED,
         ("w = w.unsqueeze(0).repeat", "w = 2 * w.unsqueeze(0).repeat", SPECIALISTS),
         ("start.weights(member", "start.weights(2 * member", SPECIALISTS),
         ("w[name] = scale[:, rows]", "w[name] = 2 * scale[:, rows]", RUNS),
-        ('matmul_precision("medium")', 'matmul_precision("high")', RUNS),
+        ('matmul.fp32_precision = "bf16"', 'matmul.fp32_precision = "ieee"', RUNS),
         ("betas=(0.9, 0.95)", "betas=(0.9, 0.99)", RUNS),
         ("return rates | {", "return {} | rates | {", RUNS),
         ("np.arange(len(x)) % 5 == 4", "np.arange(len(x)) % 5 == 3", RUNS | {"data"}),  # digits only

@@ -22,6 +22,7 @@ from projectable.training import (
     Team,
     check_precision,
     cuda_graph,
+    fast_products,
     make_optimizer,
     schedule,
     split_losses,
@@ -282,6 +283,57 @@ def test_asked_to_stop_it_does_so_within_a_step_and_loses_nothing(digits, tmp_pa
     resumed, outcome = trained(config, digits, checkpoint=checkpoint, report=report, stop=lambda: seen[-1] == 40)
     unbroken, expected = trained(config, digits)
     assert seen == list(range(1, 41)) and same(resumed, unbroken) and outcome.history == expected.history
+
+
+# --------------------------------------------------------------------------------------------------- fast products
+
+ZEN = dict(cpu_name="AMD EPYC", avx512_f=True, amx_tile=False)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "gains"),
+    [
+        (ZEN, True),
+        ({}, False),
+        (ZEN | dict(cpu_name="Intel Xeon"), False),
+        (ZEN | dict(avx512_f=False), False),
+        (ZEN | dict(amx_tile=True), False),
+    ],
+    ids=["Zen", "unknown", "Intel", "no AVX-512", "AMX"],
+)
+def test_products_go_to_onednn_where_a_processor_gains_and_keeps_float32(monkeypatch, capabilities, gains):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    with fast_products(), fast_products():
+        assert torch.backends.mkldnn.matmul.fp32_precision == ("bf16" if gains else "none")
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def test_training_and_evaluation_have_fast_products_and_leave_no_trace(digits, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ZEN, raising=False)
+    model, seen = experiment.build(tiny(), digits), []
+    usual = model.losses
+    model.losses = lambda *given: seen.append(torch.backends.mkldnn.matmul.fp32_precision) or usual(*given)
+    split_losses(model, digits, "test")
+    with pytest.raises(KeyboardInterrupt):
+        train(model, digits, tiny(), stop=iter([False, True]).__next__)
+    assert len(seen) >= 2 and set(seen) == {"bf16"}
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "tf32"  # its user's word
+        split_losses(model, digits, "test")
+        assert seen[-1] == torch.backends.mkldnn.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+def test_fast_products_keep_the_accuracy_of_float32():
+    """Rounded to bfloat16 their errors would be ten thousand times as large."""
+    generator = torch.Generator().manual_seed(0)
+    for left, right in [((300, 96), (96, 1152)), ((10, 588, 33), (10, 33, 256)), ((40, 8, 49), (40, 49, 49))]:
+        a, b = torch.randn(left, generator=generator), torch.randn(right, generator=generator)
+        exact = a.double() @ b.double()
+        with fast_products():
+            assert (a @ b - exact).abs().max() < 1e-6 * exact.abs().max(), (left, right)
 
 
 # ------------------------------------------------------------------------------------------------------- precision

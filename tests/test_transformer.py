@@ -1,8 +1,6 @@
 """The one Transformer: its hand-written kernels against torch's own, causality, task axes."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from projectable.transformer import (
     linear,
     rms_norm,
     task_losses,
-    use_onednn,
 )
 
 CAPPED = -math.log(1e-38)  # what `_HeadLoss` reports for a token whose probability underflows
@@ -187,31 +184,3 @@ def test_products_are_counted_by_their_shapes():
             with Products() as counter:
                 make()
             assert counter.multiply_adds == expected
-
-
-ZEN = dict(cpu_name="AMD EPYC", avx512_f=True, amx_tile=False)
-
-
-@pytest.mark.parametrize(
-    "capabilities",
-    [{}, ZEN | dict(cpu_name="Intel Xeon"), ZEN | dict(avx512_f=False), ZEN | dict(amx_tile=True)],
-    ids=["unknown", "Intel", "no AVX-512", "AMX"],
-)
-def test_products_stay_where_they_are_unless_the_processor_gains_and_keeps_float32(capabilities):
-    assert not use_onednn(capabilities)
-
-
-def test_products_keep_the_accuracy_of_float32():
-    """Whichever library makes them: rounded to bfloat16 the errors would be ten thousand times as large."""
-    generator = torch.Generator().manual_seed(0)
-    for left, right in [((300, 96), (96, 1152)), ((10, 588, 33), (10, 33, 256)), ((40, 8, 49), (40, 49, 49))]:
-        a, b = torch.randn(left, generator=generator), torch.randn(right, generator=generator)
-        exact = a.double() @ b.double()
-        assert (a @ b - exact).abs().max() < 1e-6 * exact.abs().max(), (left, right)
-
-
-def test_a_precision_that_was_set_is_left_alone():
-    code = "import torch; torch.set_float32_matmul_precision('high'); import projectable.transformer; "
-    code += "print(torch.get_float32_matmul_precision())"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["high"]
