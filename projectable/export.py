@@ -33,6 +33,7 @@ from . import ONNX_EXTRA, ONNX_KEY, ONNX_SEAL, OnnxError, transformer
 from .config import DataConfig
 from .storage import DamagedFile, current_commit, draft_of, load_tensors, save_tensors, write_atomically
 from .tasks import SPLITS, Codebook
+from .tasks.images import LOADERS_OF_PATHS
 from .transformer import PLAIN_AXES, Shape, Weights, forward, sample
 
 if TYPE_CHECKING:
@@ -284,8 +285,8 @@ def export(
 
 def _without_path(dataset: str) -> str:
     """folder:/home/ann/pets → folder:pets: a model may go to others, whom its maker's folders do not concern."""
-    kind, colon, path = dataset.partition(":")
-    return f"{kind}{colon}{Path(path).name}" if colon else dataset
+    kind, _, path = dataset.partition(":")
+    return f"{kind}:{Path(path).name}" if kind in LOADERS_OF_PATHS else dataset
 
 
 def _member(run: Run, members: tuple[str, ...], width: str | int) -> str:
@@ -337,7 +338,8 @@ def facts(config: dict) -> dict[str, str]:
         **losses,
         "made from": f"{config['member']} of run {run['name']} ({run['model']}, seed {run['seed']})",
         "commit": f"trained at {run['commit']}, written at {config['commit']}",
-        "data": f"{Path(data['dataset']).name}, tasks: {data['tasks']}; licence: {config['licence'] or 'not stated'}",
+        "data": f"{data['dataset'].rpartition(':')[2]}, tasks: {data['tasks']}; "
+        f"licence: {config['licence'] or 'not stated'}",
     }
 
 
@@ -430,15 +432,18 @@ def evaluate(
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
     config, book, dataset = model.config, model.codebook, model.config["data"]["dataset"]
-    kind, colon, name = dataset.partition(":")
-    if bool(colon) != (images is not None):
-        allowed = f"the path of the folder {Path(name).name!r} (--images PATH)" if colon else f"none, for {dataset}"
-        raise ValueError(f"images={images} for a model of {config['data_name']}; allowed: {allowed}")
-    data = data_for(DataConfig(**config["data"] | dict(dataset=f"{kind}:{images}" if colon else dataset)))
+    kind, _, name = dataset.partition(":")
+    of_folder = kind in LOADERS_OF_PATHS
+    if of_folder != (images is not None):
+        given = "no images" if images is None else f"images={images}"
+        allowed = f"the path of the folder {Path(name).name!r} (--images PATH)" if of_folder else f"none, for {dataset}"
+        raise ValueError(f"{given} for a model of {config['data_name']}; allowed: {allowed}")
+    data = data_for(DataConfig(**config["data"] | dict(dataset=f"{kind}:{images}" if of_folder else dataset)))
     task_id, codes = config["task_id"], data.codebook.codes
     same = codes.shape == book.codes.shape and np.allclose(codes, book.codes, atol=1e-4)  # machines round differently
     if not same or data.task_names[task_id : task_id + 1] != (model.task,):
-        raise ModelError(f"{config['data_name']} has other codes or tasks here than where the model was made")
+        where = images or config["data_name"]
+        raise ModelError(f"{where} has other codes or tasks here than where the model was made")
     tokens = data.tokens[split][task_id]
     if not len(tokens):
         raise ModelError(f"{model.task} of {config['data_name']} has no {split} images")

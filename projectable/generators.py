@@ -21,6 +21,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 FAMILIES: dict[str, type[Generator]] = {}
 
@@ -198,7 +199,7 @@ class Orthonormal(Generator):
 
     def forward(self, z: Tensor) -> Tensor:
         maps = self.inner(z)
-        with torch.autocast(maps.device.type, enabled=False):
+        with torch.autocast(maps.device.type, enabled=False):  # in bfloat16 the steps would end elsewhere
             x = maps.flatten(0, 1).to(torch.promote_types(maps.dtype, torch.float32))
             return _Polar.apply(x, self.steps).view(maps.shape)
 
@@ -239,7 +240,7 @@ class _Polar(torch.autograd.Function):
     """X (XᵀX)^(−1/2) of X (B, m, n), m ≥ n, by Newton–Schulz steps: singular values s become s (15 − 10 s² + 3 s⁴) / 8.
 
     That converges where s² < 7/3. All matrices (n × n) are polynomials of one, XᵀX, so they commute and are symmetric;
-    hence of a gradient only the symmetric part counts, and its products are half of those that autograd would make.
+    hence of a gradient only the symmetric part counts, which takes three quarters of the products of autograd.
     """
 
     @staticmethod
@@ -247,10 +248,8 @@ class _Polar(torch.autograd.Function):
         gram = torch.bmm(x.mT, x)  # (B, n, n)
         square = torch.bmm(gram, gram)
         scale = _scale_of(gram, square)  # the polar factor has no scale
-        grams, factors = (
-            [gram / scale],
-            [square.mul_(0.375 / scale.square())],
-        )  # of each step G, and (15 − 10 G + 3 G²) / 8
+        grams = [gram / scale]  # G of each step
+        factors = [square.mul_(0.375 / scale.square())]  # (15 − 10 G + 3 G²) / 8 of each
         factors[0].sub_(grams[0], alpha=1.25).diagonal(dim1=-2, dim2=-1).add_(1.875)
         products = [factors[0]]  # of the factors up to each; the last is the root
         for _ in range(steps - 1):
@@ -265,6 +264,7 @@ class _Polar(torch.autograd.Function):
         return torch.bmm(x, root)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, scale, root, *rest = ctx.saved_tensors
         grams, factors, products = rest[: ctx.steps], rest[ctx.steps : 2 * ctx.steps], rest[2 * ctx.steps :]

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -86,29 +86,39 @@ def keep_freed_memory() -> None:
 
 
 def gains_by_onednn(capabilities: Mapping[str, Any]) -> bool:
-    """Whether a processor of these `torch.cpu.get_capabilities` multiplies faster by oneDNN, with nothing lost."""
+    """Whether a processor of these `torch.cpu.get_capabilities` multiplies faster by oneDNN, and still in float32."""
     amx = any(on for name, on in capabilities.items() if name.startswith("amx"))
     return "AMD" in capabilities.get("cpu_name", "") and capabilities.get("avx512_f", False) and not amx
 
 
-@contextlib.contextmanager
-def fast_products() -> Iterator[None]:
+class FastProducts(contextlib.ContextDecorator):
     """While entered, float32 products are made by oneDNN on AMD's processors with AVX-512: 240 GFLOP/s a core.
 
     MKL, PyTorch's usual way, leaves AVX-512 unused there: 110. The one way to oneDNN is to allow bfloat16 inside of
-    products, which it makes use of only where a processor has AMX; elsewhere they stay float32 to the last digits (a
-    test compares). For many tiny products it is slower, so that sampling does without, and so do other models of the
-    same process: their attention may be ten times slower. A precision that the user has set is left alone.
+    products, which it makes use of only where a processor has AMX; elsewhere they stay in float32, with up to 1.7 times
+    MKL's rounding errors (a test compares). Calls are dearer, so that many tiny products are slower: sampling does
+    without, and so do other models of the same process. A precision that the user has set is left alone;
+    `torch.get_float32_matmul_precision` raises meanwhile. The switch is the process's: it is on while any thread is in.
     """
-    matmul = torch.backends.mkldnn.matmul
-    if matmul.fp32_precision != "none" or not gains_by_onednn(getattr(torch.cpu, "get_capabilities", dict)()):
-        yield
-        return
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = "none"
+
+    _lock, _inside, _on = Lock(), 0, False
+
+    def __enter__(self) -> None:
+        matmul, cls = torch.backends.mkldnn.matmul, FastProducts  # type: ignore[attr-defined]
+        with cls._lock:
+            if not cls._inside:
+                capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+                cls._on = matmul.fp32_precision == "none" and gains_by_onednn(capabilities)
+                if cls._on:
+                    matmul.fp32_precision = "bf16"
+            cls._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        matmul, cls = torch.backends.mkldnn.matmul, FastProducts  # type: ignore[attr-defined]
+        with cls._lock:
+            cls._inside -= 1
+            if not cls._inside and cls._on and matmul.fp32_precision == "bf16":
+                matmul.fp32_precision = "none"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -142,7 +152,7 @@ def check_precision(model: Model, task_ids: Tensor, tokens: Tensor, precision: s
         )
 
 
-@fast_products()
+@FastProducts()
 @torch.no_grad()
 def split_losses(
     model: Model, data: TaskData, split: str, per_task: int | None = None, block: int = 20, team: Team | None = None
@@ -224,7 +234,7 @@ class Outcome:
     seconds: float  # of training and evaluation, interruptions left out
 
 
-@fast_products()
+@FastProducts()
 def train(
     model: Model,
     data: TaskData,

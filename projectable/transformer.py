@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 Weights = dict[str, Tensor]
@@ -146,6 +147,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         y, scale = ctx.saved_tensors
         along = (grad * y).sum(-1, keepdim=True)
@@ -228,6 +230,7 @@ class _Attention(torch.autograd.Function):
         return y.view(groups, n_heads * d_head, length).transpose(1, 2).contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         q, flat, e, total, y = ctx.saved_tensors
         _, rows, d_head, length = flat.shape
@@ -304,6 +307,7 @@ class _HeadLoss(torch.autograd.Function):
         return -(hit / total).clamp_min(1e-38).log().mean((1, 2))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         dh, dweight = ctx.saved_tensors
         grad = (grad / dh.shape[1]).view(-1, 1, 1)

@@ -230,6 +230,16 @@ class TestOrthonormal:
         (generator(torch.randn(T, K)) * torch.randn(T, 1, 8, 4)).sum().backward()
         assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in generator.parameters())
 
+    def test_stays_in_float32_under_autocast(self):
+        generator = make_generator("Orthonormal", orthonormal(2, 6, 5), K)
+        z = torch.randn(T, K)
+        with torch.autocast("cpu", torch.bfloat16):
+            maps = generator(z)
+        assert maps.dtype == torch.float32
+        torch.testing.assert_close(maps, generator(z), rtol=0, atol=0.02)  # the inner maps are in bfloat16
+        maps.square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in generator.parameters())
+
     def test_the_scale_of_the_inner_maps_does_not_matter(self):
         generator = make_generator("Orthonormal", orthonormal(2, 6, 5), K)
         before = generator(torch.zeros(1, K))

@@ -18,13 +18,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import tiny, tiny_projectable, tiny_source
 from PIL import Image
 
 from projectable import experiment, reporting
+from projectable.__main__ import cli
 from projectable.config import DataConfig
 from projectable.experiment import data_for, folder_of, run
-from projectable.export import ModelError, evaluate, export, load, write_grid
+from projectable.export import ModelError, evaluate, export, facts, load, write_grid
 from projectable.plotting import image_grid
 from projectable.storage import code_behind, locked
 from projectable.tasks import images, make_tasks, split_images
@@ -363,11 +365,14 @@ def test_from_a_folder_in_colour_to_a_small_model_that_samples_in_colour(tmp_pat
     model = load(export(run, 8, "dogs", tmp_path / "dogs8"))
     assert model.config["data_name"] == "pets/classes" and model.codebook.codes.shape == (32, 12)
     assert str(tmp_path) not in "".join(f.read_bytes().decode(errors="ignore") for f in (tmp_path / "dogs8").iterdir())
-    with pytest.raises(ValueError, match=r"images=None for a model of pets.*the folder 'pets' \(--images PATH\)"):
+    with pytest.raises(ValueError, match=r"no images for a model of pets.*the folder 'pets' \(--images PATH\)"):
         evaluate(model)
-    with pytest.raises(ModelError, match="other codes or tasks here"):
+    with pytest.raises(ModelError, match="others has other codes or tasks here"):
         evaluate(model, images=write_images(tmp_path / "others", n=41, colour=True))
     n, nats, _ = evaluate(model, images=folder)
+    assert "pets, tasks: classes" in facts(model.config)["data"] and "folder:" not in facts(model.config)["data"]
+    told = CliRunner().invoke(cli, ["evaluate", str(tmp_path / "dogs8"), "--images", str(folder)])
+    assert told.exit_code == 0 and told.output.startswith(f"dogs of pets/classes, 8 test images: {nats:.4f} nats"), told
     assert n == 8 and nats == pytest.approx(model.config["losses"]["test"]) and nats < np.log(32)
     drawn = model.sample(20, seed=0)
     assert drawn.shape == (20, 8, 8, 3)

@@ -125,6 +125,9 @@ def test_real_text_is_in_one_split_and_once(reference):
 def test_sequences_are_mixed_and_always_the_same(reference):
     again = sequences("language reference", {"train": 1000, "val": 100, "test": 200})
     assert again == reference
+    topics = list(text.documents("language reference"))
+    places = [next(i for i, topic in enumerate(topics) if piece in topic) for piece in reference["train"][:50]]
+    assert places != sorted(places) and len(set(places)) > 5, "neither in the order of the texts, nor all of a few"
     fewer = sequences("language reference", {"train": 1000, "val": 50, "test": 200})
     assert len(set(fewer["test"]) & set(reference["test"])) > 150  # test files do not depend on the others' number
 

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import Images, load_images
+from .images import SEED, Images, load_images
 
 SPLITS = ("train", "val", "test")
-SEED = 0  # of splits, codebooks, clusters and drawings: they are the same for all runs
 FEW = r"(.+)-few(\d+)(?:-s(\d+))?"  # tasks with few images: the tasks, how many, the seed that draws them
 HELD_OUT_CLASSES = {  # of `seen7` and `unseen3`: fixed before anything was trained
     "fashion": ("sandal", "shirt", "bag"),

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from . import SEED, SPLITS, Codebook, TaskData
-from .images import DataError
+from . import SPLITS, Codebook, TaskData
+from .images import SEED, DataError
 
 SIZE = 20  # pixels, both ways
 FINE = 3  # letters are drawn and moved at FINE times that size, then averaged

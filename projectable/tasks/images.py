@@ -302,6 +302,7 @@ def _archived(part) -> list[np.ndarray]:
 # ------------------------------------------------------------------------------------- a folder of class folders
 
 FOLDER = "folder:"
+SEED = 0  # of splits, codebooks, clusters and drawings: they are the same for all runs
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # what Pillow may take a file for
 LARGEST, USUAL = 64, 32  # pixels: images of one size up to the first stay as they are; others get about the second
@@ -507,7 +508,7 @@ def load_folder(path: str | Path, patch: int = 4) -> Images:
     path = Path(path)
     found, parts = read_folder(path, patch)
     print(found, file=sys.stderr)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     x, y = parts["all"] if "all" in parts else parts["train"]
     needed = 3 - ("val" in parts) - ("test" in parts)
     for name, n in zip(found.classes, np.bincount(y), strict=True):

@@ -27,8 +27,8 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 
-from . import SEED, SPLITS, Codebook, TaskData
-from .images import DataError
+from . import SPLITS, Codebook, TaskData
+from .images import SEED, DataError
 
 LENGTH = 64  # characters of a sequence
 PER_TASK = {"train": 4000, "test": 500}  # sequences; those of validation are an argument

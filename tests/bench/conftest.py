@@ -32,7 +32,7 @@ def matmul_peak() -> None:
     training.keep_freed_memory()  # as in training
     a = torch.randn(1024, 1024)
 
-    @training.fast_products()
+    @training.FastProducts()
     def measure():
         PEAK.append(max(2 * 1024**3 / seconds(lambda: a @ a) / 1e9 for _ in range(20)))
 

@@ -8,7 +8,7 @@ from projectable.arms import LINEAR, MAPS, Maps
 from projectable.baselines import Model, Specialists, Universal
 from projectable.config import get_profile
 from projectable.projection import Projectable
-from projectable.training import fast_products
+from projectable.training import FastProducts
 from projectable.transformer import Shape, initial_weights, sample, task_losses
 
 T, SIZES = 10, (8, 16, 32)
@@ -35,7 +35,7 @@ def stepper(model, loss):
 
 def ours(model: Model, x: torch.Tensor):
     """As `train` makes it: with fast products."""
-    return fast_products()(stepper(model, lambda: sum(v.mean() for v in model.losses(IDS, x).values())))
+    return FastProducts()(stepper(model, lambda: sum(v.mean() for v in model.losses(IDS, x).values())))
 
 
 def plain(d: int, layers: int) -> Universal:
@@ -67,7 +67,7 @@ def test_joint_step_against_its_source(compare):
 def test_projections_batched_against_a_loop_over_tasks(compare, d, layers, images):
     x, model = tokens(images), projectable(d, layers, "random_trained")
 
-    @fast_products()
+    @FastProducts()
     def batched():
         model.zero_grad()
         sum(v.mean() for v in model.losses(IDS, x).values()).backward()
@@ -122,7 +122,7 @@ def test_one_shot_generation_against_training_a_specialist(compare):
             model.weights(f"d{size}", IDS)
 
     one = Specialists(Shape(32, profile.n_layers), 1)
-    step = fast_products()(stepper(one, lambda: task_losses(one.weights("d32", IDS[:1]), x[:1], 8).mean()))
+    step = FastProducts()(stepper(one, lambda: task_losses(one.weights("d32", IDS[:1]), x[:1], 8).mean()))
     steps = profile.source_steps + profile.joint_steps
     compare(
         f"generating {T} tasks × {len(SIZES)} sizes in one shot", generate, "one step of one specialist, d = 32", step
