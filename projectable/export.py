@@ -338,7 +338,7 @@ def facts(config: dict) -> dict[str, str]:
         **losses,
         "made from": f"{config['member']} of run {run['name']} ({run['model']}, seed {run['seed']})",
         "commit": f"trained at {run['commit']}, written at {config['commit']}",
-        "data": f"{data['dataset'].rpartition(':')[2]}, tasks: {data['tasks']}; "
+        "data": f"{Path(data['dataset'].rpartition(':')[2]).name}, tasks: {data['tasks']}; "
         f"licence: {config['licence'] or 'not stated'}",
     }
 
