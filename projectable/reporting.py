@@ -419,7 +419,7 @@ def another_run(claims: list[dict], path: Path) -> dict:
     there = {row["id"]: row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows}
     pairs = [(claim, there[claim["id"]]) for claim in claims if claim["id"] in there]
     changed = [(claim, other) for claim, other in pairs if claim["verdict"] != other["verdict"]]
-    commits = sorted({other["commit"] for _, other in pairs})
+    commits = sorted({commit for _, other in pairs for commit in other["commit"].split(", ")})
     return dict(file=path.name, both=len(pairs), changed=changed, commits=commits)
 
 
