@@ -72,7 +72,7 @@ def test_projections_batched_against_a_loop_over_tasks(compare, d, layers, image
         model.zero_grad()
         sum(v.mean() for v in model.losses(IDS, x).values()).backward()
 
-    def looped():  # many small products: faster without
+    def looped():  # without fast products: for many small ones they are slower
         model.zero_grad()
         for t in range(T):
             sum(v.sum() / T for v in model.losses(IDS[t : t + 1], x[t : t + 1]).values()).backward()
