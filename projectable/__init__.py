@@ -60,8 +60,8 @@ def sample_onnx(path: str | Path, n: int, temperature: float = 1.0, seed: int | 
 
     The same seed gives the same images, though not those of `SmallTransformer.sample`. Raises OnnxError, ValueError.
     """
-    if n < 1 or not 0 < temperature < math.inf:
-        raise ValueError(f"n={n}, temperature={temperature}; allowed: 1 or more images, any temperature above 0")
+    if n < 1 or not 1e-6 <= temperature < math.inf:
+        raise ValueError(f"n={n}, temperature={temperature}; allowed: 1 or more images, a temperature of 1e-6 or more")
     import numpy as np
 
     session, about = open_onnx(path)

@@ -170,6 +170,8 @@ DIRECT["specialists_distilled"] = Arm(
     start="source_control",
     max_seeds=3,
 )
+# those from scratch, the shortest first
+FROM_SCRATCH = (*(name for name in DIRECT if name.startswith("specialists_a_")), "specialists", "specialists_matched")
 # … and from the source, cut to the leading directions of its activations
 _CUT: dict = dict(options=dict(p0="pca"), max_seeds=3)
 DIRECT |= {
@@ -225,6 +227,11 @@ COST = {
         max_seeds=3,
     ),
 }
+# of the notebook on what the source brings: with and without its own objective, trained before or not
+BRINGS = {
+    "source_tuned": _projected("source tuned for the projections alone", source_mode="tuned"),
+    "bank_kept": _projected("random source with the source's objective", source_mode="random_kept"),
+}
 # of the notebook on stability: other generators over one and the same source
 STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True)}
 # of the notebook on generators: one factor at a time around linear maps
@@ -279,7 +286,7 @@ SUPPORTED = {
 # of the notebook on the source: another rival of the same deployed size, and another family of Transformers
 _MIXTURE = {8: 5.6e-2, 16: 2.8e-2}
 MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", _MIXTURE, max_seeds=3)}
-EVERY = ARMS | DIRECT | COST | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS
+EVERY = ARMS | DIRECT | COST | BRINGS | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS
 EVERY |= CONDITIONED | SUPPORTED | MIXTURES
 # arms of a masked study: those that make sense without an order, so no task token
 MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected", *UNIVERSALS[1:])}
@@ -347,12 +354,12 @@ class Compared:
         powers = {at: first if self.middle(*at) else [0] for at in where}
         while True:
             trials = self._trials(powers)
-            unique = {c.key(): c for c in trials.values()}
-            runs = dict(zip(unique, (yield list(unique.values())), strict=True))
+            unique = list(dict.fromkeys(trials.values()))
+            runs = dict(zip(unique, (yield unique), strict=True))
             rows, again = [], False
             for name, size in where:
                 ks, judges = sorted(k for n, s, k in trials if (n, s) == (name, size)), self._judged_by(name, size)
-                results = {k: runs[trials[name, size, k].key()].result for k in ks}
+                results = {k: runs[trials[name, size, k]].result for k in ks}
                 lrs = {k: self.rate_at(name, size, k) for k in ks}
                 losses = {k: sum(found["val"][m] for m in judges) / len(judges) for k, found in results.items()}
                 losses |= {k: math.inf for k, lr in lrs.items() if (name, size, lr) in self._refused}
@@ -420,7 +427,7 @@ class Study(Compared):
 
     `masked`: of the family that fills in masked tokens, whose arms are `MASKED`. `maps`: the form of projections in all
     arms that name no family. `options`: more of them for an arm, by its name. `middles`: of its sweeps, a name in
-    `MIDDLES`. Raises ValueError for one that is not there, and for options of an unknown arm.
+    `MIDDLES`, as that of `maps` is. Raises ValueError for one that is not there, and for options of an unknown arm.
     """
 
     def __init__(
@@ -434,8 +441,9 @@ class Study(Compared):
         middles: str = "",
     ):
         super().__init__(profile)
-        if middles and middles not in MIDDLES:
-            raise ValueError(f"unknown middles of sweeps {middles!r}; allowed: {', '.join(MIDDLES)}")
+        for wanted in filter(None, (middles, maps.name)):
+            if wanted not in MIDDLES:
+                raise ValueError(f"unknown middles of sweeps {wanted!r}; allowed: {', '.join(MIDDLES)}")
         self.maps, self.options, self.middles = maps, options or {}, MIDDLES.get(middles, {})
         self.data, self.sizes = replace(profile.data, tasks=tasks), sizes or profile.sizes
         self.arms, self.family = (MASKED, "masked_") if masked else (EVERY, "")
@@ -477,7 +485,7 @@ class Study(Compared):
         source_lr = 0.0
         if arm.model == "source":
             (source_lr,) = rates.values()
-        elif arm.model == "projectable" and options.get("source_mode", "trained").endswith("trained"):
+        elif arm.model == "projectable" and not options.get("source_mode", "trained").endswith("frozen"):
             # chosen for the control, not for us
             source_lr = source_rates[1] if source_rates else self.rates("source_control")[p.d_source]
         return RunConfig(
@@ -617,11 +625,11 @@ def sweep_together(wanted: Sequence[tuple[Compared, Iterable[str]]]) -> list[pd.
     abouts = {study.about for study, _ in wanted}
     words = f"{abouts.pop() if len(abouts) == 1 else ''}sweep of {_words(tuple(dict.fromkeys(chain(*arms))))}"
     while asked:
-        unique = {c.key(): c for configs in asked.values() for c in configs}
-        runs = dict(zip(unique, run_many(list(unique.values()), words, diverging=True), strict=True))
+        unique = list(dict.fromkeys(chain(*asked.values())))
+        runs = dict(zip(unique, run_many(unique, words, diverging=True), strict=True))
         for i, configs in list(asked.items()):
             try:
-                asked[i] = sweeps[i].send([runs[c.key()] for c in configs])
+                asked[i] = sweeps[i].send([runs[c] for c in configs])
             except StopIteration as end:
                 tables[i] = end.value
                 del asked[i]

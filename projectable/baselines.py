@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from .conditioning import LearnedID, SupportSet
 from .generators import make_generator
-from .transformer import Shape, Weights, draw_places, forward, initial_weights, masked_losses, task_losses
+from .transformer import (
+    PLAIN_AXES,
+    Shape,
+    Weights,
+    draw_places,
+    forward,
+    initial_weights,
+    masked_losses,
+    task_losses,
+)
 
 CONDITIONINGS = ("none", "token", "additive", "film", "adaln")
 
@@ -252,12 +261,10 @@ class Specialists(Model):
         self.shape, self.n_tasks = shape, n_tasks
         self.members = (f"d{shape.d_model}",)
         start = start or initial_weights(shape)
-        plain = {k: len(s) for k, s in shape.weight_shapes().items()}  # number of axes without the task axis
-        bias = {"qkv_bias": 2, "up_bias": 2, "head_bias": 1}
         self.per_task = nn.ParameterDict()
         for name, w in start.items():
             w = w.detach()
-            if w.dim() == {**plain, **bias}[name]:
+            if w.dim() == PLAIN_AXES[name]:
                 w = w.unsqueeze(0).repeat(n_tasks, *[1] * w.dim())
             self.per_task[name] = nn.Parameter(w.clone())
 

@@ -12,13 +12,14 @@ import math
 import os
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 from .storage import read_json
-from .tasks.images import FOLDER, LOADERS_OF_PATHS
+from .tasks.images import FOLDER
 from .tasks.text import LETTERS
 from .transformer import Shape
 
@@ -60,10 +61,11 @@ class DataConfig:
     val_per_class: int = 600  # images held back for every choice
 
     def __post_init__(self) -> None:
-        kind, _, path = self.dataset.partition(":")
-        if path and kind in LOADERS_OF_PATHS:  # the same images, wherever one asks from
-            object.__setattr__(self, "dataset", f"{kind}:{os.path.abspath(os.path.expanduser(path))}")
+        path = self.dataset.removeprefix(FOLDER)
+        if path and path != self.dataset:  # the same images, wherever one asks from
+            object.__setattr__(self, "dataset", FOLDER + os.path.abspath(os.path.expanduser(path)))
         _at_least(self, 0, "val_per_class")
+        _at_least(self, 1, "vocab_size", "patch")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,10 @@ class RunConfig:
     start: RunConfig | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError naming the value and what is allowed."""
+        """Raises ValueError naming the value and what is allowed. Lists become tuples, a dict of options its pairs."""
+        pairs = self.options.items() if isinstance(self.options, dict) else self.options
+        for name, listed in dict(sizes=self.sizes, lr=self.lr, options=pairs).items():
+            object.__setattr__(self, name, tuple(map(_frozen, cast(Iterable, listed))))
         if len(self.lr) != len(self.sizes):
             raise ValueError(
                 f"{len(self.lr)} learning rates for {len(self.sizes)} sizes {self.sizes}: one each is allowed"
@@ -377,4 +382,4 @@ def _value(kind, value, words: str, where: str):
 
 def _frozen(value):
     """JSON's lists as tuples, all the way down."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value

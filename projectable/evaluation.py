@@ -6,6 +6,7 @@ mean over tasks of (rival's loss − ours), positive where ours is better; then 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -61,8 +62,16 @@ def seed_means(losses: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired_gaps(losses: pd.DataFrame, rival: str, ours: str) -> pd.DataFrame:
-    """Per size and seed, the mean over tasks of loss(rival) − loss(ours): d_s, seed, gap (nats per token)."""
-    wide = losses.pivot_table(index=["d_s", "seed", "task"], columns="arm", values="loss")[[rival, ours]].dropna()
+    """Per size and seed, the mean over tasks of loss(rival) − loss(ours): d_s, seed, gap (nats per token).
+
+    Raises ValueError for an arm that is not there, and where the two have no task, size and seed in common.
+    """
+    wide = losses.pivot_table(index=["d_s", "seed", "task"], columns="arm", values="loss")
+    if unknown := [arm for arm in (rival, ours) if arm not in wide]:
+        raise ValueError(f"no losses of an arm {unknown[0]!r}; allowed: {', '.join(wide)}")
+    wide = wide[[rival, ours]].dropna()
+    if wide.empty:
+        raise ValueError(f"{rival!r} and {ours!r} have no task, size and seed in common: no gap is paired")
     gap = (wide[rival] - wide[ours]).groupby(level=["d_s", "seed"]).mean()
     return gap.rename("gap").reset_index()
 
@@ -165,6 +174,21 @@ def compare(
         for d_s, gaps in paired_gaps(losses, rival, ours).groupby("d_s"):
             found = judge_sampled(losses[losses.d_s == d_s], rival, ours, by) if by else judge(gaps.gap)
             yield dict(id=f"{id}.d{d_s}", claim=claim.format(d_s=d_s), statistic=statistic, **found)
+
+
+def widening(gaps: pd.DataFrame, id: str, claim: str, unit: str = "nats per token") -> Iterator[dict]:
+    """Claims "the gap at a size is larger than at the next", paired by seed: as `compare` gives them.
+
+    `gaps` as `paired_gaps` gives them; `claim` goes on by "from width 16 to 8", `id` by ".8_16".
+    """
+    by_size = gaps.pivot(index="seed", columns="d_s", values="gap")
+    for small, large in itertools.pairwise(by_size.columns):
+        found = judge((by_size[small] - by_size[large]).dropna())
+        statistic = f"gap at the smaller width − gap at the larger, {unit}"
+        yield (
+            dict(id=f"{id}.{small}_{large}", claim=f"{claim} from width {large} to {small}", statistic=statistic)
+            | found
+        )
 
 
 def matching_width(sizes, universal, loss: float) -> float:
@@ -285,7 +309,8 @@ def steps_worth(steps, losses, loss: float) -> float:
     from scipy.interpolate import PchipInterpolator
     from scipy.optimize import brentq
 
-    x, y = np.log(np.asarray(steps, float)), np.minimum.accumulate(np.asarray(losses, float))
+    order = np.argsort(steps)
+    x, y = np.log(np.asarray(steps, float)[order]), np.minimum.accumulate(np.asarray(losses, float)[order])
     if loss < y[-1]:
         return math.inf
     gains = np.diff(y, prepend=math.inf) < 0  # more steps that are no better count for nothing
@@ -295,6 +320,16 @@ def steps_worth(steps, losses, loss: float) -> float:
     curve = PchipInterpolator(x, y)
     least = max(loss, float(curve(x[-1])))  # rounding apart the last loss
     return float(np.exp(brentq(lambda at: curve(at) - least, x[0], x[-1])))
+
+
+def worth(means: pd.DataFrame, ours: str, steps: dict[str, int]) -> pd.DataFrame:
+    """`steps_worth` of one arm's models, by the losses of others after as many `steps`: d_s, seed, worth_steps.
+
+    `means` as `seed_means` gives them; a row for each size and seed that all of them have.
+    """
+    wide = means.pivot(index=["d_s", "seed"], columns="arm", values="loss")[[*steps, ours]].dropna()
+    found = [steps_worth(list(steps.values()), row[list(steps)], row[ours]) for _, row in wide.iterrows()]
+    return wide.index.to_frame(index=False).assign(worth_steps=found)
 
 
 def seconds_to(run: Run, member: str, loss: float) -> float:

@@ -48,7 +48,7 @@ from .baselines import (
 )
 from .conditioning import CONDITIONINGS
 from .config import DataConfig, RunConfig
-from .projection import Adapted, Projectable
+from .projection import KEEPS_OBJECTIVE, Adapted, Projectable
 from .storage import (
     DamagedFile,
     current_commit,
@@ -327,14 +327,15 @@ TAUGHT = {"distilled": "universal", "distilled_specialists": "specialists"}  # w
 def operations(config: RunConfig) -> float:
     """Multiply-adds of a run's training, its start and the generation of small weights included.
 
-    Of matrix products alone. Forward and backward count as three forward passes; a source that is not trained makes no
-    pass of its own. A masked model counts as its causal twin: its attention costs twice as much, its head half.
+    Of matrix products alone. Forward and backward count as three forward passes; a source without its own objective
+    makes no pass of its own. A masked model counts as its causal twin: its attention costs twice as much, its head
+    half.
     """
     data = data_for(config.data)
     length = data.codebook.length
     widths = list(config.sizes)
     options, model = dict(config.options), config.model.removeprefix("masked_")
-    if model == "source" or model == "projectable" and options.get("source_mode", "trained") == "trained":
+    if model == "source" or model == "projectable" and options.get("source_mode", "trained") in KEEPS_OBJECTIVE:
         widths.append(config.d_source)
     shapes = [replace(config.shape(length, width), vocab_size=config.data.vocab_size) for width in widths]
     per_token = 3.0 * sum(shape.n_operations() for shape in shapes)

@@ -33,7 +33,7 @@ from . import ONNX_EXTRA, ONNX_KEY, ONNX_SEAL, OnnxError, transformer
 from .config import DataConfig
 from .storage import DamagedFile, current_commit, draft_of, load_tensors, save_tensors, write_atomically
 from .tasks import SPLITS, Codebook
-from .tasks.images import LOADERS_OF_PATHS
+from .tasks.images import FOLDER
 from .transformer import PLAIN_AXES, Shape, Weights, forward, sample
 
 if TYPE_CHECKING:
@@ -285,8 +285,7 @@ def export(
 
 def _without_path(dataset: str) -> str:
     """folder:/home/ann/pets → folder:pets: a model may go to others, whom its maker's folders do not concern."""
-    kind, _, path = dataset.partition(":")
-    return f"{kind}:{Path(path).name}" if kind in LOADERS_OF_PATHS else dataset
+    return FOLDER + Path(dataset.removeprefix(FOLDER)).name if dataset.startswith(FOLDER) else dataset
 
 
 def _member(run: Run, members: tuple[str, ...], width: str | int) -> str:
@@ -432,13 +431,16 @@ def evaluate(
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
     config, book, dataset = model.config, model.codebook, model.config["data"]["dataset"]
-    kind, _, name = dataset.partition(":")
-    of_folder = kind in LOADERS_OF_PATHS
+    of_folder = dataset.startswith(FOLDER)
     if of_folder != (images is not None):
         given = "no images" if images is None else f"images={images}"
-        allowed = f"the path of the folder {Path(name).name!r} (--images PATH)" if of_folder else f"none, for {dataset}"
+        allowed = (
+            f"the path of the folder {dataset.removeprefix(FOLDER)!r} (--images PATH)"
+            if of_folder
+            else f"none, for {dataset}"
+        )
         raise ValueError(f"{given} for a model of {config['data_name']}; allowed: {allowed}")
-    data = data_for(DataConfig(**config["data"] | dict(dataset=f"{kind}:{images}" if of_folder else dataset)))
+    data = data_for(DataConfig(**config["data"] | dict(dataset=f"{FOLDER}{images}" if of_folder else dataset)))
     task_id, codes = config["task_id"], data.codebook.codes
     same = codes.shape == book.codes.shape and np.allclose(codes, book.codes, atol=1e-4)  # machines round differently
     if not same or data.task_names[task_id : task_id + 1] != (model.task,):

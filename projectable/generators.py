@@ -56,7 +56,6 @@ class Generator(nn.Module):
     def __init__(self, base: Tensor, z_dim: int):
         super().__init__()
         self.base = nn.Parameter(base.clone(memory_format=torch.contiguous_format))
-        self.z_dim = z_dim
 
     def forward(self, z: Tensor) -> Tensor:  # (T, K) → (T, S, m, n)
         raise NotImplementedError
@@ -181,7 +180,7 @@ class Orthonormal(Generator):
 
     def __init__(self, base: Tensor, z_dim: int, inner: str = "Linear", steps: int = 4, **options):
         nn.Module.__init__(self)  # P₀ belongs to the inner generator
-        self.z_dim, self.steps = z_dim, _positive(steps=steps)
+        self.steps = _positive(steps=steps)
         error = (base.mT @ base - torch.eye(base.shape[-1]).to(base)).abs().max().item()
         if error > 1e-3:
             raise ValueError(

@@ -26,7 +26,8 @@ from .transformer import Shape, Weights, hidden
 
 LAYOUTS = ("shared", "per_matrix")
 BASES = ("pca", "slice", "random")
-SOURCE_MODES = ("trained", "frozen", "random_trained", "random_frozen")
+SOURCE_MODES = ("trained", "tuned", "frozen", "random_kept", "random_trained", "random_frozen")
+KEEPS_OBJECTIVE = ("trained", "random_kept")  # those whose source is a member: its own loss is trained, too
 
 
 def small_shape(source: Shape, d_model: int, n_layers: int | None = None) -> Shape:
@@ -233,11 +234,12 @@ class Projectable(Model):
 
     `conditioning` makes the task vectors (learned IDs by default) from what it is `told` of the tasks, `family` the
     maps; further options are those of `Projection` and of the family.
-    `source_mode` says what becomes of the source: `trained` (keeps its own objective), `frozen`, or the controls
-    `random_trained` and `random_frozen` (inner weights redrawn at matched scale; embeddings, positions and head
-    kept; no objective of its own). `use_task_embedding=False` hides the source's c(t) from the small models. Raises
-    ValueError for a mode, start of the maps, layout, family, conditioning or option that is unknown, or a size above
-    the source's.
+    `source_mode` says what becomes of the source: `trained` (keeps its own objective, weighed `source_weight`), `tuned`
+    (along with the small models, for their losses alone), `frozen`, or the controls whose inner weights are redrawn at
+    matched scale, embeddings, positions and head left: `random_kept` (trained, with the source's objective),
+    `random_trained` (without), `random_frozen`. `source_rate` is the source's learning rate as a multiple of the
+    config's. `use_task_embedding=False` hides the source's c(t) from the small models. Raises ValueError for a mode,
+    start of the maps, layout, family, conditioning or option that is unknown, or a size above the source's.
     """
 
     def __init__(
@@ -255,6 +257,7 @@ class Projectable(Model):
         source_mode: str = "trained",
         use_task_embedding: bool = True,
         source_weight: float = 1.0,
+        source_rate: float = 1.0,
         seed: int = 0,
         told: dict | None = None,
         **options,
@@ -263,16 +266,13 @@ class Projectable(Model):
         if source_mode not in SOURCE_MODES:
             raise ValueError(f"unknown source_mode {source_mode!r}; allowed: {', '.join(SOURCE_MODES)}")
         self.source, self.shape, self.sizes, self.n_tasks = source, source.shape, tuple(sizes), n_tasks
-        self.source_mode, self.use_task_embedding, self.source_weight = (
-            source_mode,
-            use_task_embedding,
-            source_weight,
-        )
+        self.source_mode, self.use_task_embedding = source_mode, use_task_embedding
+        self.source_weight, self.source_rate = source_weight, source_rate
         if source_mode.startswith("random"):
             redraw_inner_weights(source, seed)
         if source_mode.endswith("frozen"):
             source.requires_grad_(False)
-        self.members = (("source",) if source_mode == "trained" else ()) + tuple(f"d{s}" for s in sizes)
+        self.members = (("source",) if source_mode in KEEPS_OBJECTIVE else ()) + tuple(f"d{s}" for s in sizes)
         self.conditioning, self.projections = nn.ModuleDict(), nn.ModuleDict()
         weights = {k: w.detach() for k, w in source.weights("source", torch.arange(len(tokens))).items()}
         for size in sizes:
@@ -311,7 +311,7 @@ class Projectable(Model):
         """
         part, _, rest = name.partition(".")
         if part == "source":
-            return 1.0
+            return self.source_rate
         if part == "conditioning":
             member, parameter = rest.split(".", 1)
             return self.conditioning[member].rate_factor(parameter)

@@ -129,7 +129,8 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def check_precision(model: Model, task_ids: Tensor, tokens: Tensor, precision: str, rounds: int = 5) -> None:
     """Time passes forward and backward in both precisions; raises ValueError where bfloat16 is not the faster one.
 
-    Medians of `rounds`, in turn, after one to warm up; the model and the random state are left as they were.
+    Medians of `rounds`, in turn, after one to warm up, on a GPU without CUDA graphs, which float32 may train with; the
+    model and the random state are left as they were.
     """
     if precision == "float32":
         return
@@ -159,7 +160,7 @@ def split_losses(
 ) -> dict[str, Tensor]:
     """Nats per token of every member on every task: {member: (n_tasks,)}, over the first `per_task` images of each.
 
-    float64, on the CPU; NaN for a task that has no images in that split.
+    With 0 or None of all images. float64, on the CPU; NaN for a task that has no images in that split.
     """
     team = team or Team()
     sums = {member: torch.zeros(data.n_tasks, dtype=torch.float64) for member in model.members}
@@ -254,7 +255,8 @@ def train(
     the first process writes and reports.
 
     Raises DivergedError where loss, gradient or weights are not finite, before anything of it is saved; DamagedFile
-    where the checkpoint is damaged or another run's; ValueError where there is nothing to choose the best step by.
+    where the checkpoint is damaged or another run's; ValueError where there is nothing to choose the best step by, a
+    team is larger than a step has tasks, or bfloat16 is not the faster one (`check_precision`, before the first step).
     """
     keep_freed_memory()
     team = team or Team()
@@ -280,7 +282,6 @@ def train(
         best.loss, best.step, best.bad = about["best"]
     groups = list(model.groups().values())
     losses_of, mine = team.losses(model), team.share(n_tasks)
-    began = time.perf_counter() - seconds
 
     def save() -> None:
         if checkpoint is None or team.rank > 0:
@@ -292,7 +293,9 @@ def train(
         save_tensors(checkpoint, _pack(model, optimizer, best), about)
 
     first = task_ids[0, mine].to(device), data.batch(task_ids[0, mine], index[0, mine]).to(device)
-    team.first(lambda: check_precision(model, *first, config.precision))
+    if not step:
+        team.first(lambda: check_precision(model, *first, config.precision))
+    began = time.perf_counter() - seconds
     if stop is not None:
         stop()  # from here on a step in progress is ended first
     while step < config.steps:

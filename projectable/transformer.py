@@ -437,8 +437,8 @@ def sample(
     `temperature` divides the logits. The same state of `generator` gives the same tokens. Raises ValueError naming
     the value and what is allowed.
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature} is no temperature; allowed: any number above 0")
+    if not 1e-6 <= temperature < math.inf:  # below, logits leave what float32 holds
+        raise ValueError(f"temperature={temperature} is no temperature; allowed: 1e-6 or more")
     if n < 1:
         raise ValueError(f"n={n} is no number of sequences; allowed: 1 or more")
     n_tasks = max(len(w) if w.dim() > PLAIN_AXES[name] else 1 for name, w in weights.items())

@@ -9,11 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from projectable import experiment, tasks
+from projectable import experiment
 from projectable.config import DataConfig, RunConfig
 from projectable.tasks import images, make_tasks
 from projectable.transformer import Shape
@@ -167,13 +166,10 @@ def shape():
 def fashion():
     """Fashion-MNIST, where it lies on this machine: tests never download."""
     try:
-        folder = images._find_fashion()
+        images._find_fashion()
     except images.DataError as error:
         pytest.skip(str(error))
-    arrays = [images._read_idx(folder / f"{name}.gz") for name in images.FASHION_FILES]
-    x, y, x_test, y_test = arrays
-    pairs = ((x[..., None] / np.float32(255), y.astype(np.int64)), (x_test[..., None] / np.float32(255), y_test))
-    return tasks.Images("fashion", "", images.FASHION_NAMES, *pairs)
+    return images.load_fashion_mnist()
 
 
 @pytest.fixture(scope="module")

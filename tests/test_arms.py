@@ -10,7 +10,7 @@ import torch
 from conftest import DIGITS, randomise, tiny, tiny_projectable
 
 from projectable import arms, experiment
-from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, MIDDLES, UNIVERSALS, Scarce, Study, at_size
+from projectable.arms import ARMS, BRINGS, EVERY, FEW_IMAGES, LINEAR, MAPS, MIDDLES, UNIVERSALS, Scarce, Study, at_size
 from projectable.baselines import Hypernetwork, SupportUniversal, Universal, for_new_tasks
 from projectable.config import get_profile
 from projectable.projection import Adapted
@@ -311,7 +311,7 @@ def test_sweeps_begin_at_rates_of_arms_that_there_are():
 def test_controls_differ_from_the_projection_in_what_they_say(study):
     study.loss = lambda config, member: 1.0
     rates = {8: 1e-2, 16: 1e-2, 24: 1e-2}
-    controls = [name for name, arm in ARMS.items() if arm.model == "projectable"]
+    controls = [name for name, arm in (ARMS | BRINGS).items() if arm.model == "projectable"]
     options = {name: dict(study.config(name, rates, 0).options) for name in controls}
     static = dict(inner="Static", neurons="Static")
     for name, difference in {
@@ -322,6 +322,8 @@ def test_controls_differ_from_the_projection_in_what_they_say(study):
         "bank_trained": dict(source_mode="random_trained"),
         "bank_frozen": dict(source_mode="random_frozen"),
         "source_frozen": dict(source_mode="frozen"),
+        "source_tuned": dict(source_mode="tuned"),
+        "bank_kept": dict(source_mode="random_kept"),
     }.items():
         assert options[name] == options["projected"] | difference
 

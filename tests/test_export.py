@@ -425,7 +425,7 @@ def test_a_damaged_onnx_file_is_refused(onnx_path, tmp_path):
     with pytest.raises(OnnxError, match="none.onnx is no file"):
         projectable.sample_onnx(tmp_path / "none.onnx", 1)
     for bad in (dict(n=0), dict(n=1, temperature=0), dict(n=1, temperature=float("nan"))):
-        with pytest.raises(ValueError, match="allowed: 1 or more images, any temperature above 0"):
+        with pytest.raises(ValueError, match="allowed: 1 or more images, a temperature of 1e-6 or more"):
             projectable.sample_onnx(onnx_path, **bad)
 
 

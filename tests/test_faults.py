@@ -194,14 +194,14 @@ def whole(universal, digits, tmp_path_factory):
     return folder
 
 
-def loaded_state(folder: Path):
-    return [(k, v.tolist()) for k, v in Run(tiny(), folder).model().state_dict().items()]
+def state_of(model) -> list:
+    return [(k, v.tolist()) for k, v in model.state_dict().items()]
 
 
 def resumed(path: Path, digits) -> list:
     model = experiment.untrained(tiny(seed=1), digits, None)
     outcome = train(model, digits, tiny(seed=1), path, stop_after=11)
-    return [outcome.history, *((k, v.tolist()) for k, v in model.state_dict().items())]
+    return [outcome.history, *state_of(model)]
 
 
 def tokens_of(data) -> list:
@@ -210,13 +210,13 @@ def tokens_of(data) -> list:
 
 KINDS = {  # what is damaged, and how a user would meet it
     "checkpoint": ("checkpoint", lambda path, digits: resumed(path, digits)),
-    "weights": ("runs/{run}/model.safetensors", lambda path, _: loaded_state(path.parent)),
+    "weights": ("runs/{run}/model.safetensors", lambda path, _: state_of(Run(tiny(), path.parent).model())),
     "result": ("runs/{run}/result.json", lambda path, _: Run(tiny(), path.parent).result),
     "history": ("runs/{run}/history.json", lambda path, _: Run(tiny(), path.parent).history),
     "test losses": ("runs/{run}/test.json", lambda path, _: Run(tiny(), path.parent).test_losses()["d8"].tolist()),
     "config": ("runs/{run}/config.json", lambda path, _: find_run(path.parent).config),
     "data and codebook": ("runs/{data}", lambda path, _: tokens_of(data_for(DIGITS))),
-    "exported weights": ("model/model.safetensors", lambda path, _: str(load_model(path.parent).state_dict())),
+    "exported weights": ("model/model.safetensors", lambda path, _: state_of(load_model(path.parent))),
     "exported config": ("model/config.json", lambda path, _: load_model(path.parent).config),
 }
 CLEAR = (DamagedFile, ConfigError, ModelError)

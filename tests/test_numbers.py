@@ -55,6 +55,8 @@ def test_relative_rates_in_numbers(tokens):  # noqa: F811
         for name in ("stream.base", "neurons.base", "modulation.base", "stream.directions")
     }
     assert rates == {"stream.base": 1.0, "neurons.base": 0.25, "modulation.base": 4.0, "stream.directions": 0.4}
+    assert small.rate_factor("source.plain.qkv") == 1.0
+    assert model(tokens, source_rate=0.5).rate_factor("source.plain.qkv") == 0.5
 
 
 def test_pca_is_that_of_normalised_states_the_last_one_counting_twice(big, tokens):  # noqa: F811
@@ -141,11 +143,25 @@ def test_how_long_each_arm_trains_and_who_trains_its_source(study):  # noqa: F81
     )
     projected = {
         name: study.config(name, rates, 4)
-        for name in ("projected", "source_frozen", "bank_frozen", "bank_trained", "generators_anew")
+        for name in (
+            "projected",
+            "source_frozen",
+            "bank_frozen",
+            "bank_trained",
+            "bank_kept",
+            "source_tuned",
+            "generators_anew",
+        )
     }
     assert {c.steps for c in projected.values()} == {30}
     assert {name: c.source_lr > 0 for name, c in projected.items()} == dict(
-        projected=True, source_frozen=False, bank_frozen=False, bank_trained=True, generators_anew=False
+        projected=True,
+        source_frozen=False,
+        bank_frozen=False,
+        bank_trained=True,
+        bank_kept=True,
+        source_tuned=True,
+        generators_anew=False,
     )
     assert {name: c.start.seed for name, c in projected.items()} == dict.fromkeys(projected, 4) | dict(
         generators_anew=3
@@ -207,6 +223,7 @@ def test_costs_in_numbers(digits, source, monkeypatch):
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(ticks))
     cost = evaluation.generation_cost(small, "d8", repeats=3)
     assert cost["ms"] == 1000 and cost["maps"] == sum(p.numel() for p in small.groups()["d8"])
+    assert cost["source"] == sum(p.numel() for p in small.source.parameters())
     config = tiny_projectable()
     assert 10 * cost["multiply_adds"] == pytest.approx(
         (

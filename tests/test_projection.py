@@ -353,14 +353,14 @@ def test_every_weight_of_the_source_is_tuned_through_the_projections(tokens, lay
 @pytest.mark.parametrize("mode", SOURCE_MODES)
 def test_members_and_trained_groups(tokens, mode):
     small = model(tokens, (8, 16), source_mode=mode)
-    assert small.members == (("source",) if mode == "trained" else ()) + ("d8", "d16")
-    assert set(small.groups()) == ({"source"} if mode.endswith("trained") else set()) | {"d8", "d16"}
+    assert small.members == (("source",) if mode in ("trained", "random_kept") else ()) + ("d8", "d16")
+    assert set(small.groups()) == (set() if mode.endswith("frozen") else {"source"}) | {"d8", "d16"}
     grouped = [id(p) for ps in small.groups().values() for p in ps]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(p) for p in small.parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("mode", ["random_trained", "random_frozen"])
+@pytest.mark.parametrize("mode", ["random_kept", "random_trained", "random_frozen"])
 def test_random_modes_redraw_inner_weights_at_the_same_scale(tokens, mode):
     before = model(tokens).source.state_dict()
     after = model(tokens, source_mode=mode).source.state_dict()
@@ -381,6 +381,17 @@ def test_redrawing_depends_on_the_seed(tokens):
         redraw_inner_weights(source, seed)
         drawn.append(source.plain["qkv"])
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("mode, weight", [("tuned", 0.0), ("random_trained", 0.0), ("random_kept", 3.0)])
+def test_a_source_has_its_own_objective_where_the_mode_says_so(tokens, mode, weight):
+    small = model(tokens, source_mode=mode, source_weight=3.0)
+    losses = small.losses(torch.arange(T), tokens)
+    total = sum((3.0 if member == "source" else 1.0) * loss.mean() for member, loss in losses.items())
+    (found,) = torch.autograd.grad(total, small.source.plain["up"])
+    of = [task_losses(small.weights(member, torch.arange(T)), tokens).mean() for member in ("d8", "source")]
+    (expected,) = torch.autograd.grad(of[0] + weight * of[1], small.source.plain["up"])
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("mode", ["frozen", "random_frozen"])
@@ -409,7 +420,7 @@ def test_sizes_that_cannot_be(tokens):
     [
         ({"layout": "twisted"}, "unknown layout 'twisted'; allowed: shared, per_matrix"),
         ({"p0": "magic"}, "unknown p0 'magic'; allowed: pca, slice, random"),
-        ({"source_mode": "melted"}, "unknown source_mode 'melted'; allowed: trained, frozen"),
+        ({"source_mode": "melted"}, "unknown source_mode 'melted'; allowed: trained, tuned, frozen"),
         ({"family": "Cubic"}, "unknown generator 'Cubic'; allowed: Slice"),
     ],
 )

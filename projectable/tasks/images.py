@@ -20,6 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -193,12 +194,8 @@ def _download_with_apt(root: Path) -> None:
             partial.replace(raw / f"{name}.gz")
 
 
-def _read_idx(path: Path) -> np.ndarray:
-    """A checked IDX file of unsigned bytes → an array of its shape."""
-    return _from_idx(_read_checked(path))
-
-
 def _from_idx(content: bytes) -> np.ndarray:
+    """An IDX file of unsigned bytes → an array of its shape."""
     n_dims = content[3]
     shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(n_dims))
     return np.frombuffer(content, np.uint8, offset=4 + 4 * n_dims).reshape(shape)
@@ -207,8 +204,7 @@ def _from_idx(content: bytes) -> np.ndarray:
 def load_fashion_mnist() -> Images:
     """Fashion-MNIST, 60,000 + 10,000 grey images of 28×28 pixels, MIT licence; fetched where it is not there yet."""
     folder = fetch_fashion_mnist()
-    arrays = [_read_idx(folder / f"{name}.gz") for name in FASHION_FILES]
-    x, y, x_test, y_test = arrays
+    x, y, x_test, y_test = (_from_idx(_read_checked(folder / f"{name}.gz")) for name in FASHION_FILES)
     return Images(
         "fashion",
         "MIT (Zalando Research)",
@@ -274,13 +270,6 @@ def load_torchvision(name: str) -> Images:
         ) from None
     train, test = [(x / np.float32(255), np.asarray(y, np.int64)) for x, y in pairs]
     return Images(name, licence, tuple(names), train, test)
-
-
-def _by_name(name: str) -> Callable[[], Images]:
-    def load() -> Images:
-        return load_torchvision(name)
-
-    return load
 
 
 def _archived(part) -> list[np.ndarray]:
@@ -433,6 +422,8 @@ def _read_image(path: str, height: int, width: int) -> np.ndarray:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits of grey
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("its grey values are floating-point numbers: which of them is white is not said")
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -534,9 +525,10 @@ LOADERS: dict[str, Callable[[], Images]] = {
     "fashion": load_fashion_mnist,
     "digits": load_digits,
     "FashionMNIST": load_fashion_mnist,
-    **{name: _by_name(name) for name in TORCHVISION},
+    **{name: partial(load_torchvision, name) for name in TORCHVISION},
 }
-LOADERS_OF_PATHS: dict[str, Callable[[Path, int], Images]] = {"folder": load_folder}  # folder:PATH; path and patch
+# folder:PATH; a table, as above, so that the code of a loader is in the key of runs whose data name it alone
+LOADERS_OF_PATHS: dict[str, Callable[[Path, int], Images]] = {"folder": load_folder}  # path and patch
 
 
 def load_images(dataset: str, patch: int = 4) -> Images:
