@@ -55,6 +55,17 @@ def test_a_sweep_goes_on_until_the_best_is_inside(study):
     assert study.rates("universal_film")[8] == 0.32
 
 
+def test_studies_of_two_folders_share_no_trial(study):
+    study.loss = lambda config, member: bowl(config.lr[0], {"/cats": 0.32, "/dogs": 0.02}[config.data.dataset[-5:]])
+    pets = [
+        Study(replace(PROFILE, data=replace(PROFILE.data, dataset=f"folder:/pictures/{name}")))
+        for name in ("cats", "dogs")
+    ]
+    tables = arms.sweep_together([(one, ["universal_film"]) for one in pets])
+    assert [one.rates("universal_film")[8] for one in pets] == [0.32, 0.02]
+    assert {c.data.dataset for c in study.asked} == {one.data.dataset for one in pets} and len(tables) == 2
+
+
 def test_an_arm_that_is_not_there_is_named(study):
     with pytest.raises(ValueError, match="unknown arm 'projectd'; allowed: source, source_control, .*, hard_mixture$"):
         study.sweep("source_control", "projectd")
@@ -300,6 +311,8 @@ def test_a_study_may_begin_its_sweeps_elsewhere(study):
     assert short.middle("source", 32) == ARMS["source"].lr[0] and short.middle("source_control", 32) == 2e-2
     with pytest.raises(ValueError, match="unknown middles of sweeps 'letter'; allowed: orthonormal, linear, short"):
         Study(PROFILE, middles="letter")
+    with pytest.raises(ValueError, match="unknown middles of sweeps 'mine'; allowed: orthonormal, linear, short"):
+        Study(PROFILE, maps=replace(LINEAR, name="mine"))
 
 
 def test_sweeps_begin_at_rates_of_arms_that_there_are():

@@ -153,6 +153,17 @@ def test_the_steps_that_a_projection_is_worth():
     # more steps that end worse (another seed's sweep) do not count against the shorter run
     assert evaluation.steps_worth(steps, [2.0, 1.5, 1.6], 1.5) == pytest.approx(1000)
 
+    assert evaluation.steps_worth(steps[::-1], losses[::-1], 1.75) == worth, "in any order"
+
+
+def test_what_each_size_and_seed_of_an_arm_is_worth():
+    rows = [("short", 8, 0, 2.0), ("short", 8, 1, 2.2), ("long", 8, 0, 1.0), ("long", 8, 1, 1.0), ("ours", 8, 0, 1.0)]
+    rows += [("ours", 8, 1, 3.0), ("ours", 8, 2, 1.0), ("short", 16, 0, 2.0), ("ours", 16, 0, 1.0)]
+    means = pd.DataFrame(rows, columns=["arm", "d_s", "seed", "loss"])
+    found = evaluation.worth(means, "ours", dict(long=1000, short=100))
+    assert found.d_s.tolist() == [8, 8] and found.seed.tolist() == [0, 1]
+    assert found.worth_steps.tolist() == pytest.approx([1000, 100])
+
 
 def test_the_seconds_to_a_loss():
     val = [(10, 2.0), (20, 1.5), (30, 1.4)]
@@ -160,6 +171,24 @@ def test_the_seconds_to_a_loss():
     rows += [dict(step=step, member="d8", split="train", loss=0.0) for step, _ in val]
     run = SimpleNamespace(history=rows, result=dict(seconds=6.0))
     assert [evaluation.seconds_to(run, "d8", loss) for loss in (1.5, 1.45, 1.3)] == [4.0, 6.0, math.inf]
+
+
+def test_gaps_that_widen_are_paired_by_seed():
+    rows = [(s, seed, gap + 0.1 * seed) for s, gap in ((8, 0.5), (16, 0.3), (32, 0.25)) for seed in range(3)]
+    gaps = pd.DataFrame([*rows, (8, 3, 9.0)], columns=["d_s", "seed", "gap"])  # a seed that one size has alone
+    first, second = evaluation.widening(gaps, "headline.widens", "The gap widens", "nats")
+    assert (first["id"], first["claim"]) == ("headline.widens.8_16", "The gap widens from width 16 to 8")
+    assert first["statistic"] == "gap at the smaller width − gap at the larger, nats"
+    assert (first["value"], first["seeds"], first["verdict"]) == (pytest.approx(0.2), 3, "reproduced")
+    assert (second["id"], second["value"]) == ("headline.widens.16_32", pytest.approx(0.05))
+
+
+def test_an_arm_without_losses_is_named():
+    losses = table(rival=[[1.0, 2.0]], ours=[[0.5, 2.1]])
+    with pytest.raises(ValueError, match="no losses of an arm 'rivals'; allowed: ours, rival"):
+        evaluation.paired_gaps(losses, "rivals", "ours")
+    with pytest.raises(ValueError, match="'rival' and 'ours' have no task, size and seed in common"):
+        evaluation.paired_gaps(losses[(losses.arm == "ours") != (losses.task == "task 1")], "rival", "ours")
 
 
 def test_the_ratio_of_deviations_by_the_f_distribution():

@@ -635,6 +635,21 @@ def test_a_config_made_in_python_is_checked_as_one_of_json_is(changes, message):
         tiny(**changes)
 
 
+def test_lists_in_a_config_made_in_python_are_as_good_as_tuples():
+    options = (("conditioning", "film"), ("widths", (1, 2)))
+    made = tiny(sizes=[8], lr=[1e-2], options={"conditioning": "film", "widths": [1, 2]})
+    assert made == tiny(sizes=(8,), lr=(1e-2,), options=options) and hash(made) == hash(
+        tiny(lr=(1e-2,), options=options)
+    )
+    assert made.key() == tiny(lr=(1e-2,), options=options).key()
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "patch"])
+def test_data_of_no_codes_or_pixels(name):
+    with pytest.raises(ValueError, match=f"{name}=0; allowed: 1 or more"):
+        DataConfig("digits", **{name: 0})
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -105,7 +105,8 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
         "direct.cut_start direct.cut_compute text.hypernetwork stability.again stability.spread "
         "stability.agreement stability.source stability.smooth "
         "cost.generation cost.hypernetwork cost.one_width text text.task source.width "
-        "longer.universal longer.hypernetwork longer.specialists longer.source longer.gap"
+        "longer.universal longer.hypernetwork longer.specialists longer.source longer.gap "
+        "brings.start.kept brings.start.free brings.objective.trained brings.objective.random"
     ).split()
     of_two_sizes = (
         "conditioning.LearnedID conditioning.SupportSet conditioning.Features conditioning.Attributes "

@@ -174,6 +174,12 @@ def test_unusual_kinds_of_files(tmp_path, name, image, options, expected):
     np.testing.assert_allclose(parts["all"][0][0], expected, atol=2)
 
 
+def test_grey_values_of_no_known_range_are_listed_as_broken(pets):
+    Image.fromarray(GREY.astype(np.float32) / 255).save(pets / "cats" / "float.tiff")
+    found, _ = read_folder(pets)
+    assert len(found.broken) == 1 and "float.tiff" in str(found.broken[0])
+
+
 def test_one_image_in_colour_makes_all_so_and_grey_in_three_channels_is_grey(tmp_path):
     folder = write_images(tmp_path / "pets")
     save(np.repeat(GREY[..., None], 3, -1), folder / "cats" / "10.png")
