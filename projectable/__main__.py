@@ -60,8 +60,9 @@ def reproduce(
         os.environ["PROJECTABLE_EXECUTOR"] = executor  # the notebooks' kernels inherit it, and what comes next
     if parameters and not os.environ.get("PROJECTABLE_REPORTS"):
         os.environ["PROJECTABLE_REPORTS"] = str(reporting.build_dir(profile) / "own_report")
+    given = {name: os.path.abspath(value) if name == "folder" and value else value for name, value in parameters}
     try:
-        failed = reporting.reproduce(profile, only, executor or "", dict(parameters))
+        failed = reporting.reproduce(profile, only, executor or "", given)
     except KeyboardInterrupt:
         click.echo("\nstopped: the same command goes on from what has been trained", err=True)
         sys.exit(130)

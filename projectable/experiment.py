@@ -167,12 +167,7 @@ def build(config: RunConfig, data: TaskData) -> Model:
     Raises ValueError naming what is allowed: for an unknown model or option, or a start that would give other models
     than the config says.
     """
-    if config.model in MODELS:
-        takes = list(inspect.signature(MODELS[config.model]).parameters.values())[3:]  # beside config, data and start
-        known = [p.name for p in takes if p.kind is not p.VAR_KEYWORD]
-        for option in dict(config.options).keys() - set(known if len(known) == len(takes) else dict(config.options)):
-            allowed = ", ".join(known) or "none"
-            raise ValueError(f"unknown option {option!r} of the model {config.model!r}; allowed: {allowed}")
+    _check_options(config)
     model = untrained(config, data, run(config.start).model() if config.start is not None else None)
     members = set(model.members) - {"source"}
     if members != {f"d{size}" for size in config.sizes}:
@@ -185,6 +180,15 @@ def build(config: RunConfig, data: TaskData) -> Model:
         if found != width:
             raise ValueError(f"{config.model!r}: {member} would have width {found}; allowed: a start of width {width}")
     return model
+
+
+def _check_options(config: RunConfig) -> None:
+    if config.model in MODELS:
+        takes = list(inspect.signature(MODELS[config.model]).parameters.values())[3:]  # beside config, data and start
+        known = [p.name for p in takes if p.kind is not p.VAR_KEYWORD]
+        for option in dict(config.options).keys() - set(known if len(known) == len(takes) else dict(config.options)):
+            allowed = ", ".join(known) or "none"
+            raise ValueError(f"unknown option {option!r} of the model {config.model!r}; allowed: {allowed}")
 
 
 def untrained(config: RunConfig, data: TaskData, start: Model | None) -> Model:
@@ -481,6 +485,12 @@ def run(
             if not team.first(is_there):
                 try:
                     if config.start is not None:
+                        if not Run(config.start, folder_of(config.start)).is_done():
+                            _check_options(config)
+                            with torch.random.fork_rng(devices=[]):
+                                _blank(
+                                    config, data_for(config.data)
+                                )  # raises what is wrong before the start is trained
                         run(config.start, report, stop, team)
                     _train(config, folder, report, stop, team)
                 except DivergedError as error:
@@ -647,7 +657,13 @@ def run_many(
     order = [todo[folder] for folder in sorted(of, key=lambda f: of[f], reverse=True)]  # so that the cores end together
     rest = {folder: _own_operations(c) if folder in undone else 0.0 for folder, c in todo.items()}
     total = sum(rest.values())
-    bar = tqdm(total=total / 1e9, unit="GMAC", desc=f"{words}, {len(order)} runs", mininterval=5, bar_format=BAR)
+    bar = tqdm(
+        total=total / 1e9,
+        unit="GMAC",
+        desc=f"{words}, {len(order)} run{'s' * (len(order) > 1)}",
+        mininterval=5,
+        bar_format=BAR,
+    )
     in_turn = workers() == 1 and not executor and not torch.cuda.is_available()  # no worker to wait for
     with bar:
         errors = _in_turn(order, test, bar) if in_turn else _side_by_side(order, rest, test, executor, bar)

@@ -434,18 +434,19 @@ def evaluate(
     of_folder = dataset.startswith(FOLDER)
     if of_folder != (images is not None):
         given = "no images" if images is None else f"images={images}"
-        allowed = (
-            f"the path of the folder {dataset.removeprefix(FOLDER)!r} (--images PATH)"
-            if of_folder
-            else f"none, for {dataset}"
-        )
+        name = Path(dataset.removeprefix(FOLDER)).name
+        allowed = f"the path of the folder {name!r} (--images PATH)" if of_folder else f"none, for {dataset}"
         raise ValueError(f"{given} for a model of {config['data_name']}; allowed: {allowed}")
     data = data_for(DataConfig(**config["data"] | dict(dataset=f"{FOLDER}{images}" if of_folder else dataset)))
     task_id, codes = config["task_id"], data.codebook.codes
     same = codes.shape == book.codes.shape and np.allclose(codes, book.codes, atol=1e-4)  # machines round differently
     if not same or data.task_names[task_id : task_id + 1] != (model.task,):
         where = images or config["data_name"]
-        raise ModelError(f"{where} has other codes or tasks here than where the model was made")
+        words = "images were added, removed or changed since" if of_folder else "the data are not the same here"
+        raise ModelError(
+            f"{where} gives other codes or tasks than the model was made with: {words}, and test images might be "
+            "among those that it was trained on"
+        )
     tokens = data.tokens[split][task_id]
     if not len(tokens):
         raise ModelError(f"{model.task} of {config['data_name']} has no {split} images")

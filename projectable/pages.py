@@ -136,9 +136,10 @@ def number(value) -> str:
 
 
 def short(value: float | None) -> str:
-    """A value in two digits, where there is no room for more."""
-    text = number(value if value is None else float(f"{value:.2g}"))
-    return text.rstrip("0").removesuffix(".") if "." in text else text
+    """A value in three decimals or three digits, where there is no room for its interval; never a bare 0."""
+    if value is None or not 5e-4 <= abs(value) < 10:
+        return number(value if value is None else float(f"{value:.3g}"))
+    return f"{value:.3f}".replace("-", "−")
 
 
 def duration(seconds: float | None) -> str:
@@ -440,7 +441,7 @@ def claim_families(claims: Sequence[dict]) -> list[tuple[str, str, list[tuple[st
         if len(set(zip(*widths, strict=True))) > 1:
             sizes = [one or two.replace("_", " against ") for one, two in zip(*widths, strict=True)]
             names = [f"{name}width {size}" for name, size in zip(names, sizes, strict=True)]
-            words = re.sub(r"(,? (of|at) )?width \d+(?= |$|,)| from width \d+ to \d+", "", words)
+            words = re.sub(r"(,? (of|at) )?width \d+(?= |$|,|:)| from width \d+ to \d+", "", words)
         names = [name.removesuffix(", ") for name in names]
         result.append((words, statistic, list(zip(names, members, strict=True))))
     return result

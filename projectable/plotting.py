@@ -358,7 +358,8 @@ def image_grid(images, row_labels=None, captions=None) -> Figure:
         for column in range(columns):
             y, x = row * (height + below), column * (width + gap)
             sheet[y : y + height, x : x + width] = images[row, column]
-    fig, (ax,) = _panels(1, 8.0, max(1.2, 7.0 * sheet.shape[0] / sheet.shape[1]))
+    wide = min(8.0, 1.0 + 1.2 * columns)  # inches: few images are not blown up
+    fig, (ax,) = _panels(1, wide, max(1.2, (wide - 1.0) * sheet.shape[0] / sheet.shape[1]))
     ax.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     for row, words in enumerate(captions if captions is not None else ()):
         for column, text in enumerate(words):

@@ -635,6 +635,21 @@ def test_a_config_made_in_python_is_checked_as_one_of_json_is(changes, message):
         tiny(**changes)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(options={"family": "Lineer"}), "unknown generator 'Lineer'"),
+        (dict(options={"famly": "Linear"}), "unknown option 'famly'"),
+        (dict(sizes=(12,)), "d_model=12 is no multiple of d_head=8"),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_said_before_its_source_is_trained(other_runs, changes, message):
+    config = tiny_projectable(tiny_source(steps=3), steps=2).with_(**changes)
+    with pytest.raises(ValueError, match=message):
+        run(config)
+    assert not is_done(config.start)
+
+
 def test_lists_in_a_config_made_in_python_are_as_good_as_tuples():
     options = (("conditioning", "film"), ("widths", (1, 2)))
     made = tiny(sizes=[8], lr=[1e-2], options={"conditioning": "film", "widths": [1, 2]})

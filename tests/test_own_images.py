@@ -30,7 +30,16 @@ from projectable.export import ModelError, evaluate, export, facts, load, write_
 from projectable.plotting import image_grid
 from projectable.storage import code_behind, locked
 from projectable.tasks import images, make_tasks, split_images
-from projectable.tasks.images import DataError, content_key, load_digits, load_folder, load_images, read_folder
+from projectable.tasks.images import (
+    LOADERS,
+    DataError,
+    Images,
+    content_key,
+    load_digits,
+    load_folder,
+    load_images,
+    read_folder,
+)
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "15_your_own_data.ipynb"
 TINTS = np.array([[1, 0.4, 0.2], [0.2, 1, 0.5], [0.3, 0.4, 1]], np.float32)  # of the classes
@@ -241,8 +250,8 @@ def spoil(folder, how):
 WRONG = {
     "missing": "pets does not exist; allowed: a folder with a folder of images for each class",
     "file": "pets is a file; allowed: a folder with a folder of images for each class",
-    "no class": "pets holds class folders: none; needed: two or more; allowed: a folder",
-    "one class": "pets holds class folders: dogs; needed: two or more; allowed: a folder",
+    "no class": "class folders in .*pets: none; needed: two or more; allowed: a folder",
+    "one class": "class folders in .*pets: dogs; needed: two or more; allowed: a folder",
     "empty class": r"class 'dogs' is empty: .*pets/dogs holds no image \(allowed: .png, .jpg",
     "only broken": r"class 'dogs' is empty: .*pets/dogs holds no image \(can't be read: dogs/0.png, dogs/1.png, dogs/2",
     "two images": r"class 'dogs' of .*pets has 2 images to train with; needed: 3 \(train, val and test images",
@@ -373,7 +382,9 @@ def test_from_a_folder_in_colour_to_a_small_model_that_samples_in_colour(tmp_pat
     assert str(tmp_path) not in "".join(f.read_bytes().decode(errors="ignore") for f in (tmp_path / "dogs8").iterdir())
     with pytest.raises(ValueError, match=r"no images for a model of pets.*the folder 'pets' \(--images PATH\)"):
         evaluate(model)
-    with pytest.raises(ModelError, match="others has other codes or tasks here"):
+    with pytest.raises(
+        ModelError, match="others gives other codes or tasks than .*: images were added, removed or changed"
+    ):
         evaluate(model, images=write_images(tmp_path / "others", n=41, colour=True))
     n, nats, _ = evaluate(model, images=folder)
     assert "pets, tasks: classes" in facts(model.config)["data"] and "folder:" not in facts(model.config)["data"]
@@ -441,7 +452,7 @@ def test_the_notebook_takes_a_folder(tmp_path, monkeypatch):
         assert losses[arm]["mean"] == pytest.approx(found[f"test_{arm}"], abs=1e-4) and losses[arm]["mean"] < np.log(32)
     counts = pd.read_csv(results / "own_counts.csv")
     assert counts["left out"].tolist() == [0, 0, 1] and counts["images (all)"].tolist() == [40, 40, 40]
-    model = load(tmp_path / "build" / "smoke" / "own_model")
+    model = load(own / "own_model")
     assert model.task == "cats" and model.config["losses"]["test"] == pytest.approx(losses.projected["cats"], abs=1e-4)
     shown = np.asarray(Image.open(own / "figures" / "own_samples.png").convert("RGB"))
     assert np.ptp(shown.astype(int), axis=-1).max() > 50  # in colour
@@ -488,6 +499,29 @@ def cifar(offline, monkeypatch):
     meta = {"filename": "batches.meta", "key": "label_names", "md5": md5(folder / "batches.meta")}
     monkeypatch.setattr(CIFAR10, "meta", meta)
     return folder
+
+
+def test_other_images_of_a_loader_of_ones_own_are_other_data(monkeypatch, other_runs):
+    y = np.arange(40) % 2
+    x = np.random.default_rng(0).random((40, 8, 8, 1), np.float32)
+
+    def mine(pixels, labels):
+        return lambda: Images("mine", "", ("cat", "dog"), (pixels, labels), (pixels[:4], labels[:4]))
+
+    folders, about = [], tiny(data=DataConfig("mine", vocab_size=16, patch=4, val_per_class=4))
+    for pixels, labels in ((x, y), (1 - x, y), (x, 1 - y), (x.copy(), y)):
+        monkeypatch.setitem(LOADERS, "mine", mine(pixels, labels))
+        folders.append(experiment.folder_of(about))
+    assert len(set(folders)) == 3 and folders[0] == folders[3]
+
+
+@pytest.mark.parametrize("which", ["pixels", "labels"])
+def test_tensors_are_no_arrays(which):
+    pair = [np.zeros((2, 8, 8, 1), np.float32), np.arange(2)]
+    place = ("pixels", "labels").index(which)
+    pair[place] = torch.from_numpy(pair[place])
+    with pytest.raises(DataError, match=f"train images of 'mine': {which} are a Tensor; allowed: an array of numpy"):
+        Images("mine", "", ("cat", "dog"), tuple(pair), tuple(pair))
 
 
 def test_a_data_set_in_colour_by_name(cifar):

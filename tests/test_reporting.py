@@ -160,11 +160,13 @@ def test_a_page_from_finished_runs_tells_what_they_took_to_train(project, monkey
     first, *later = [reporting.run_notebook(path, "smoke") for _ in range(3)]
     assert first.before is None and [status.before for status in later] == [first.seconds] * 2
     assert "no run trained meanwhile (with training: 9 min 02 s)" == pages.trained(0, 542.0)
-    for page in ("00_good.html", "index.html"):
-        assert (
-            f"no run trained meanwhile (with training: {pages.duration(first.seconds)})"
-            in (reporting.reports_dir("smoke") / page).read_text()
-        )
+    took = pages.duration(first.seconds)
+    assert (
+        f"no run trained meanwhile (with training: {took})"
+        in (reporting.reports_dir("smoke") / "00_good.html").read_text()
+    )
+    row = (reporting.reports_dir("smoke") / "index.html").read_text().partition('data-label="time">')[2]
+    assert row.startswith(f"{took}<br><small>rendered again in {pages.duration(later[-1].seconds)}</small>")
 
 
 @pytest.mark.slow
@@ -204,6 +206,15 @@ def test_parameters_of_ones_own_leave_all_usual_reports_alone(ran, project, monk
     assert result.exit_code == 0 and (project / "build" / "laptop" / "own_report" / "index.html").exists()
     assert json.loads((project / "reports" / "claims.json").read_text()) == claims
     assert (project / "README.md").read_text() == readme
+
+
+def test_a_folder_is_named_from_where_the_command_is_given(project, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(reporting, "reproduce", lambda *given: asked.append(given[-1]) or [])
+    monkeypatch.setenv("PROJECTABLE_REPORTS", str(tmp_path / "own"))
+    monkeypatch.chdir(tmp_path)
+    CliRunner().invoke(__main__.cli, ["reproduce", "-p", "folder", "pets", "-p", "d_s", "8"], catch_exceptions=False)
+    assert asked == [{"folder": str(tmp_path / "pets"), "d_s": "8"}]
 
 
 def test_pages_load_nothing_and_run_nothing(ran):
@@ -477,7 +488,7 @@ def test_a_page_begins_with_what_was_found():
     assert html.index("<h1>") < html.index(top) < html.index("<p>Why?")
     assert "? 2 inconclusive, ✗ 1 not reproduced" in top and top.count("Small &lt;wins&gt;") == 1
     assert 'class="badge not-reproduced" title="not reproduced: −0.012 [0.100, 0.300]">✗ width 8: −0.012</span>' in top
-    assert ">? width 16: 0.2</span>" in top and ">? width 32: 12</span>" in top
+    assert ">? width 16: 0.200</span>" in top and ">? width 32: 12.3</span>" in top
     assert 'class="outcome"' not in pages.notebook_html(nb, status, Path("."))
 
 
@@ -601,7 +612,8 @@ def test_numbers_for_people():
     }
     assert {value: pages.number(value) for value in shown} == shown
     assert pages.number(float("nan")) == "–" and pages.number(True) == "yes" and pages.number(np.False_) == ""
-    shorter = {None: "–", 0.1234: "0.12", 120.0: "120", -0.00022: "−0.00022", 1.0: "1", 16.7: "17"}
+    shorter = {None: "–", 0.1234: "0.123", 120.0: "120", -0.00022: "−0.00022", 1.0: "1.000", 16.7: "16.7"}
+    shorter |= {-0.05: "−0.050", -0.1049: "−0.105"}
     assert {value: pages.short(value) for value in shorter} == shorter
     assert [pages.duration(s) for s in (None, 8, 200, 3900)] == ["", "8 s", "3 min 20 s", "1 h 05 min"]
     claim = {"value": 3.21, "ci_low": 3.0, "ci_high": 3.4}

@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +79,9 @@ class Images:
 
 def _wrong(x: np.ndarray, y: np.ndarray, n_labels: int) -> str:
     """What is wrong with pixels and labels, and what is allowed; empty where nothing is."""
+    for words, array in (("pixels", x), ("labels", y)):
+        if not isinstance(array, np.ndarray):
+            return f"{words} are a {type(array).__name__}; allowed: an array of numpy"
     if x.ndim != 4 or not len(x):
         return f"pixels of shape {x.shape}; allowed: (n, H, W, C)"
     if not np.issubdtype(x.dtype, np.floating):
@@ -371,16 +374,27 @@ def _parts(path: Path) -> dict[str, Path]:
 
 
 def content_key(dataset: str) -> str:
-    """A fingerprint of a folder's images: their names and contents. Empty for data sets that do not change.
+    """A fingerprint of images that may change: names and contents of a folder's files, or what a loader of your own
+    gives, which is asked once. Empty for the data sets that come with the package.
 
     A file is read again only where its size, inode or times (to the nanosecond) differ from those of the last call.
     """
+    if dataset in LOADERS and dataset not in OURS:
+        return _images_key(LOADERS[dataset])
     if not dataset.startswith(FOLDER):
         return ""
     path, sha = _path(dataset), hashlib.sha256()
     for files in (files for classes in _image_files(path).values() for files in classes.values()):
         for file in files:
             sha.update(os.fsencode(file[len(str(path)) :]) + b"\0" + _digest(file))
+    return sha.hexdigest()
+
+
+@cache
+def _images_key(loader: Callable[[], Images]) -> str:
+    images, sha = loader(), hashlib.sha256()
+    for array in (array for pair in (images.train, images.test, images.val) if pair for array in pair):
+        sha.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()
 
 
@@ -446,7 +460,7 @@ def read_folder(path: str | Path, patch: int = 4) -> tuple[Folder, dict[str, tup
     files = _image_files(path)
     classes = tuple(next(iter(files.values())) if "all" in files else files["train"])
     if len(classes) < 2:
-        raise DataError(f"{path} holds class folders: {_first(classes) or 'none'}; needed: two or more; {LAYOUT}")
+        raise DataError(f"class folders in {path}: {_first(classes) or 'none'}; needed: two or more; {LAYOUT}")
     for part, by_class in files.items():
         for name in sorted(by_class.keys() ^ set(classes)):
             raise DataError(f"{path}: class {name!r} has to be in train/ and {part}/, or in neither")
@@ -527,6 +541,7 @@ LOADERS: dict[str, Callable[[], Images]] = {
     "FashionMNIST": load_fashion_mnist,
     **{name: partial(load_torchvision, name) for name in TORCHVISION},
 }
+OURS = frozenset(LOADERS)  # data that do not change; others may be added
 # folder:PATH; a table, as above, so that the code of a loader is in the key of runs whose data name it alone
 LOADERS_OF_PATHS: dict[str, Callable[[Path, int], Images]] = {"folder": load_folder}  # path and patch
 
