@@ -412,7 +412,7 @@ def test_a_claim_is_shown_by_its_own_figure(tmp_path):
     status = dict(
         notebook="n", title="", status="ok", figure="first", seconds=1.0, budget=None, page=True, trained=None
     )
-    status |= dict(profile="laptop", device="", commit="", finished="", error="")
+    status |= dict(profile="laptop", device="", commit="", finished="", error="", before=None)
     html = pages.index_html("laptop", claims, [status], tmp_path, [])
     table = html[html.index('<table class="rows claims">') :]
     shown = [base64.b64decode(found) for found in re.findall(r'class="thumb">.*?base64,([^"]+)', table)]
