@@ -114,7 +114,7 @@ def load(folder: str | Path) -> SmallTransformer:
     """The model in a folder written by `export`, on the CPU. Raises ModelError naming what is wrong with which file."""
     folder = Path(folder)
     config_path, path = folder / "config.json", folder / "model.safetensors"
-    config = read_config(folder)
+    config = read_description(folder)
     try:
         tensors, about = load_tensors(path)
     except DamagedFile as error:
@@ -165,7 +165,7 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], path: Path)
         raise ModelError(f"{path}: {name!r} is {tensor.dtype} {tuple(tensor.shape)}; allowed: {torch.float32} {shape}")
 
 
-def read_config(folder: Path) -> dict:
+def read_description(folder: Path) -> dict:
     """The description in the folder of a model, checked. Raises ModelError naming what is wrong with which file."""
     if not folder.is_dir():
         if folder.suffix in PICKLES:

@@ -79,7 +79,7 @@ def notebook_paths() -> list[Path]:
 # ------------------------------------------------------------------------------------------------ small parts
 
 
-def write_json(path: Path, value) -> None:
+def write_results(path: Path, value) -> None:
     """Write a value as readable JSON, atomically; NaN becomes null, a numpy number a plain one."""
     write_atomically(path, json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -171,7 +171,7 @@ class Report:
         run = {"profile": self.profile, "device": device or this_device(), "commit": commit or current_commit()}
         record = {"id": id, "claim": claim, **found, **run, "notebook": self.notebook}
         self.claims = [old for old in self.claims if old["id"] != id] + [_plain(record)]
-        write_json(self.reports / "results" / "claims" / f"{self.notebook}.json", self.claims)
+        write_results(self.reports / "results" / "claims" / f"{self.notebook}.json", self.claims)
         merge_claims(self.profile)
 
     def claims_table(self, *starts: str):
@@ -187,7 +187,7 @@ class Report:
     def record(self, key: str, value) -> None:
         """Record a number that tests assert, in `results/<notebook>.json`."""
         self.scraps[key] = value
-        write_json(self.reports / "results" / f"{self.notebook}.json", self.scraps)
+        write_results(self.reports / "results" / f"{self.notebook}.json", self.scraps)
 
 
 IN_WORDS = {"d_s": "width", "lr": "learning rate", "val_loss": "validation loss", "std": "deviation", "count": "seeds"}
@@ -218,7 +218,7 @@ def merge_claims(profile: str) -> list[dict]:
     """All notebooks' claims, in the order of the notebooks; also written to `claims.json`."""
     reports = reports_dir(profile)
     claims = [c for path in sorted((reports / "results" / "claims").glob("*.json")) for c in _read_json(path, [])]
-    write_json(reports / "claims.json", claims)
+    write_results(reports / "claims.json", claims)
     return claims
 
 
@@ -299,7 +299,7 @@ class Status:
         return reports_dir(self.profile) / "results" / "status" / f"{self.notebook}.json"
 
     def write(self) -> None:
-        write_json(self.path(), dataclasses.asdict(self))
+        write_results(self.path(), dataclasses.asdict(self))
 
 
 def read_status(path: Path, profile: str) -> Status:

@@ -31,6 +31,26 @@ def test_the_documents_name_files_that_exist():
             assert any(f"/{path}".endswith(f"/{name}") for path in there), f"{document}: {name}"
 
 
+def anchors(text: str) -> set[str]:
+    """What links may end in: headings as GitHub names them, and ids that are given."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles} | set(
+        re.findall(r'id="([^"]+)"', text)
+    )
+
+
+def test_links_of_the_documents_lead_somewhere():
+    for name in ("README.md", "CONTRIBUTING.md", "reports/findings.md"):
+        document = ROOT / name
+        links = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
+        assert links, name
+        for link in (link for link in links if "://" not in link):
+            path, _, anchor = link.partition("#")
+            target = document.parent / path if path else document
+            assert target.exists(), f"{name}: {link}"
+            assert not anchor or anchor in anchors(target.read_text()), f"{name}: {link}"
+
+
 def make(folder: Path, *words: str) -> str:
     done = subprocess.run(["make", "--no-print-directory", *words], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

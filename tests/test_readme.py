@@ -12,7 +12,8 @@ MAKEFILE = (Path(__file__).parents[1] / "Makefile").read_text()
 
 
 @pytest.mark.slow
-def test_the_ten_lines_of_python_work_on_somebodys_images(other_runs, monkeypatch):
+def test_the_ten_lines_of_python_work_on_somebodys_images(other_runs, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code, shortened = re.subn(r"\b(steps)=\d+", r"\1=10", code)
     assert shortened == 2
@@ -24,7 +25,8 @@ def test_the_ten_lines_of_python_work_on_somebodys_images(other_runs, monkeypatc
 
     monkeypatch.delitem(images.LOADERS, "mine", raising=False)  # gone again afterwards
     exec(compile(code, "README.md", "exec"), names)
-    assert names["images"].shape == (8, 8, 8, 1)
+    assert names["small"].task == "dog" and set(names["trained"].test_losses()) == {"source", "d16"}
+    assert (tmp_path / "dogs.png").exists() and names["images"].shape == (8, 8, 8, 1)
     assert 0 <= names["images"].min() and names["images"].max() <= 1
 
 

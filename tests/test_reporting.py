@@ -197,7 +197,7 @@ def test_parameters_of_ones_own_leave_all_usual_reports_alone(ran, project, monk
     assert [p.name for p in reports.parent.glob("*.ipynb")] == [] and len(list(reports.glob("*.ipynb"))) == 3
     assert result.stdout.splitlines()[-2] == f"reports: {reports / 'index.html'}"
     (project / "README.md").write_text(readme := "a <!-- claims: x --> b <!-- /claims -->")
-    reporting.write_json(project / "reports" / "claims.json", claims := [dict(id="c1")])
+    reporting.write_results(project / "reports" / "claims.json", claims := [dict(id="c1")])
     write_notebook(project, "00_a")
     monkeypatch.setattr(reporting, "run_notebook", lambda path, *_: Status(path.stem, "A", "laptop", "ok", 1.0))
     with monkeypatch.context() as patch:
@@ -722,7 +722,7 @@ def test_readme_shows_every_claim_with_failures_in_sight(tmp_path, monkeypatch):
         for id in ("conditioning.x", "conditioning.y", "headline")
         for s, verdict in ((8, "reproduced"), (16, "inconclusive" if id == "conditioning.y" else "not reproduced"))
     ]
-    reporting.write_json(tmp_path / "reports" / "claims.json", claims)
+    reporting.write_results(tmp_path / "reports" / "claims.json", claims)
     for _ in range(2):  # a second time changes nothing
         reporting.write_readme_claims()
     text = readme.read_text()
