@@ -183,6 +183,7 @@ def build(config: RunConfig, data: TaskData) -> Model:
 
 
 def _check_options(config: RunConfig) -> None:
+    """Raises ValueError for options that the model does not take."""
     if config.model in MODELS:
         takes = list(inspect.signature(MODELS[config.model]).parameters.values())[3:]  # beside config, data and start
         known = [p.name for p in takes if p.kind is not p.VAR_KEYWORD]
@@ -444,6 +445,13 @@ def _blank(config: RunConfig, data: TaskData) -> Model:
     return untrained(config, data, start)
 
 
+def _try_out(config: RunConfig) -> None:
+    """Make the model of a config, but for the weights of its start: raises what is wrong before that is trained."""
+    _check_options(config)
+    with torch.random.fork_rng(devices=[]):
+        _blank(config, data_for(config.data))
+
+
 def folder_of(config: RunConfig) -> Path:
     """The run's folder."""
     key = hashlib.sha256((config.key() + _run_code(config)).encode()).hexdigest()[:12]
@@ -486,11 +494,7 @@ def run(
                 try:
                     if config.start is not None:
                         if not Run(config.start, folder_of(config.start)).is_done():
-                            _check_options(config)
-                            with torch.random.fork_rng(devices=[]):
-                                _blank(
-                                    config, data_for(config.data)
-                                )  # raises what is wrong before the start is trained
+                            _try_out(config)
                         run(config.start, report, stop, team)
                     _train(config, folder, report, stop, team)
                 except DivergedError as error:

@@ -505,14 +505,14 @@ def test_other_images_of_a_loader_of_ones_own_are_other_data(monkeypatch, other_
     y = np.arange(40) % 2
     x = np.random.default_rng(0).random((40, 8, 8, 1), np.float32)
 
-    def mine(pixels, labels):
-        return lambda: Images("mine", "", ("cat", "dog"), (pixels, labels), (pixels[:4], labels[:4]))
+    def mine(pixels, labels, names=("cat", "dog")):
+        return lambda: Images("mine", "", names, (pixels, labels), (pixels[:4], labels[:4]))
 
     folders, about = [], tiny(data=DataConfig("mine", vocab_size=16, patch=4, val_per_class=4))
-    for pixels, labels in ((x, y), (1 - x, y), (x, 1 - y), (x.copy(), y)):
-        monkeypatch.setitem(LOADERS, "mine", mine(pixels, labels))
+    for given in ((x, y), (1 - x, y), (x, 1 - y), (x, y, ("cat", "cow")), (x.copy(), y)):
+        monkeypatch.setitem(LOADERS, "mine", mine(*given))
         folders.append(experiment.folder_of(about))
-    assert len(set(folders)) == 3 and folders[0] == folders[3]
+    assert len(set(folders)) == 4 and folders[0] == folders[-1]
 
 
 @pytest.mark.parametrize("which", ["pixels", "labels"])

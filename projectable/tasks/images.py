@@ -392,7 +392,8 @@ def content_key(dataset: str) -> str:
 
 @cache
 def _images_key(loader: Callable[[], Images]) -> str:
-    images, sha = loader(), hashlib.sha256()
+    images = loader()
+    sha = hashlib.sha256(repr((images.name, images.licence, images.label_names)).encode())
     for array in (array for pair in (images.train, images.test, images.val) if pair for array in pair):
         sha.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()
