@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -49,6 +50,13 @@ def test_links_of_the_documents_lead_somewhere():
             target = document.parent / path if path else document
             assert target.exists(), f"{name}: {link}"
             assert not anchor or anchor in anchors(target.read_text()), f"{name}: {link}"
+
+
+def test_the_reference_pages_lead_from_one_to_the_next():
+    names = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    for name, following in pairwise(names):
+        page = (ROOT / "reports" / f"{name}.html").read_text()
+        assert page.count(f'class="next" href="{following}.html"') == 2, f"{name}: at its top and at its end"
 
 
 def make(folder: Path, *words: str) -> str:
