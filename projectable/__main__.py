@@ -60,7 +60,9 @@ def reproduce(
         os.environ["PROJECTABLE_EXECUTOR"] = executor  # the notebooks' kernels inherit it, and what comes next
     if parameters and not os.environ.get("PROJECTABLE_REPORTS"):
         os.environ["PROJECTABLE_REPORTS"] = str(reporting.build_dir(profile) / "own_report")
-    given = {name: os.path.abspath(value) if name == "folder" and value else value for name, value in parameters}
+    given = dict(parameters)
+    if given.get("folder"):  # named from where one stands; notebooks run elsewhere
+        given["folder"] = os.path.abspath(os.path.expanduser(given["folder"]))
     try:
         failed = reporting.reproduce(profile, only, executor or "", given)
     except KeyboardInterrupt:

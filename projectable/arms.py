@@ -543,8 +543,10 @@ class Study(Compared):
                 (size,), rates = sizes, {s: self.middle("projected", s) for s in self.sizes}
                 control = self.middle("source_control", size)
                 for k in powers[name, size]:
-                    alone = self.rate_at(name, size, k)
-                    trials[name, size, k] = self.config("projected", rates, seed, (alone, control))
+                    config = self.config("projected", rates, seed, (self.rate_at(name, size, k), control))
+                    # one beginning for all, whatever an arm's rate of the source beside projections is
+                    options = tuple(option for option in config.options if option[0] != "source_rate")
+                    trials[name, size, k] = config.with_(options=options)
             elif self.arms[name].model == "projectable":
                 for k in sorted({k for s in sizes for k in powers[name, s]}):
                     config = self.config(name, {s: self.rate_at(name, s, k) for s in sizes}, seed)
@@ -640,6 +642,32 @@ def sweep_sources(*studies: Study) -> None:
     """The sweeps that all others of these studies wait for, few trials each: the source alone, then its control."""
     for name in ("source", "source_control"):
         sweep_together([(study, [name]) for study in studies])
+
+
+def sweep_source_rates(study: Study, *names: str) -> pd.DataFrame:
+    """The source's rate beside projections for each of these arms: arm, source_rate, val_loss, best.
+
+    As a multiple of the control's, which all arms have else: half, once and twice, and on beyond an edge as far as
+    sweeps go. Validation loss of the first seed, mean over sizes, the maps at the best rates with once.
+    """
+    powers: dict[str, list[int]] = {name: [-1, 0, 1] for name in names}
+    losses: dict[str, dict[int, float]] = {name: {} for name in names}
+    while asked := [(name, k) for name, ks in powers.items() for k in ks if k not in losses[name]]:
+        configs = []
+        for name, k in asked:
+            config = study.config(name, study.rates(name), study.profile.seeds[0])
+            options = dict(config.options) | (dict(source_rate=FACTOR**k) if k else {})
+            configs.append(config.with_(options=tuple(sorted(options.items()))))
+        for (name, k), run in zip(asked, run_many(configs, "rates of the source", diverging=True), strict=True):
+            losses[name][k] = sum(run.result["val"][f"d{s}"] for s in study.sizes_of(name)) / len(study.sizes_of(name))
+        found = {name: _found(losses[name], study.profile.max_trials, name) for name in names}
+        powers = {name: further for name, (_, _, further) in found.items()}
+    rows = [
+        dict(arm=name, source_rate=FACTOR**k, val_loss=losses[name][k], best=k == found[name][0])
+        for name in names
+        for k in sorted(losses[name])
+    ]
+    return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,8 @@ class RunConfig:
     start: RunConfig | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError naming the value and what is allowed. Lists become tuples, a dict of options its pairs."""
-        pairs = self.options.items() if isinstance(self.options, dict) else self.options
+        """Raises ValueError naming the value and what is allowed. Lists and a dict of options become tuples."""
+        pairs = sorted(self.options.items()) if isinstance(self.options, dict) else self.options
         for name, listed in dict(sizes=self.sizes, lr=self.lr, options=pairs).items():
             object.__setattr__(self, name, tuple(map(_frozen, cast(Iterable, listed))))
         if len(self.lr) != len(self.sizes):

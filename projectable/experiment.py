@@ -448,8 +448,9 @@ def _blank(config: RunConfig, data: TaskData) -> Model:
 def _try_out(config: RunConfig) -> None:
     """Make the model of a config, but for the weights of its start: raises what is wrong before that is trained."""
     _check_options(config)
+    start = cast(RunConfig, config.start)
     with torch.random.fork_rng(devices=[]):
-        _blank(config, data_for(config.data))
+        untrained(config, data_for(config.data), _blank(start, data_for(start.data)))
 
 
 def folder_of(config: RunConfig) -> Path:

@@ -406,6 +406,7 @@ FIGURES = {  # start of a claim's id: its figure, the first that is there; of ot
     r"source\.mixture": "source_mixture",
     r"multimodal\.caption": "captions",
     r"multimodal": "captions_loss",
+    r"brings\.again": "brings_again",
     r"longer\.(hypernetwork|specialists|source)": "longer",
     r"longer\.(universal|widens|gap)": "longer_gap",
 }

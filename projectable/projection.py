@@ -239,7 +239,8 @@ class Projectable(Model):
     matched scale, embeddings, positions and head left: `random_kept` (trained, with the source's objective),
     `random_trained` (without), `random_frozen`. `source_rate` is the source's learning rate as a multiple of the
     config's. `use_task_embedding=False` hides the source's c(t) from the small models. Raises ValueError for a mode,
-    start of the maps, layout, family, conditioning or option that is unknown, or a size above the source's.
+    start of the maps, layout, family, conditioning or option that is unknown, numbers that cannot be, or a size above
+    the source's.
     """
 
     def __init__(
@@ -265,6 +266,11 @@ class Projectable(Model):
         super().__init__()
         if source_mode not in SOURCE_MODES:
             raise ValueError(f"unknown source_mode {source_mode!r}; allowed: {', '.join(SOURCE_MODES)}")
+        for name, value in (("source_weight", source_weight), ("source_rate", source_rate)):
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r}; allowed: 0 or more")
+        if not isinstance(z_dim, int) or z_dim < 1:
+            raise ValueError(f"z_dim={z_dim!r}; allowed: 1 or more")
         self.source, self.shape, self.sizes, self.n_tasks = source, source.shape, tuple(sizes), n_tasks
         self.source_mode, self.use_task_embedding = source_mode, use_task_embedding
         self.source_weight, self.source_rate = source_weight, source_rate

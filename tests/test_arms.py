@@ -55,6 +55,28 @@ def test_a_sweep_goes_on_until_the_best_is_inside(study):
     assert study.rates("universal_film")[8] == 0.32
 
 
+def test_the_sources_rate_beside_projections_is_swept_for_each_arm(study):
+    best = {"trained": 1.0, "random_kept": 4.0}
+
+    def loss(config, member):
+        options = dict(config.options)
+        of_source = bowl(options.get("source_rate", 1.0), best.get(options.get("source_mode", "trained"), 1.0))
+        return of_source + bowl(config.start.source_lr if config.start else 1e-2, 1.4e-2)
+
+    study.loss = loss
+    found = arms.sweep_source_rates(study, "projected", "bank_kept")
+    tried = {name: rows.source_rate.tolist() for name, rows in found.groupby("arm")}
+    assert tried == {"projected": [0.5, 1.0, 2.0], "bank_kept": [0.5, 1.0, 2.0, 4.0, 8.0]}
+    assert dict(zip(found.arm[found.best], found.source_rate[found.best], strict=True)) == dict(
+        projected=1, bank_kept=4
+    )
+    other = Study(PROFILE, options={name: dict(source_rate=2.0) for name in ("projected", "bank_kept")})
+    rates = {8: 1e-2, 16: 1e-2, 24: 1e-2}
+    for name in ("projected", "bank_kept"):
+        one, two = (of.config(name, rates, 1) for of in (study, other))
+        assert one.start == two.start and dict(two.options)["source_rate"] == 2.0, "one beginning for all"
+
+
 def test_studies_of_two_folders_share_no_trial(study):
     study.loss = lambda config, member: bowl(config.lr[0], {"/cats": 0.32, "/dogs": 0.02}[config.data.dataset[-5:]])
     pets = [

@@ -640,6 +640,10 @@ def test_a_config_made_in_python_is_checked_as_one_of_json_is(changes, message):
     [
         (dict(options={"family": "Lineer"}), "unknown generator 'Lineer'"),
         (dict(options={"famly": "Linear"}), "unknown option 'famly'"),
+        (dict(options={"p0": "magic"}), "unknown p0 'magic'"),
+        (dict(options={"source_rate": -1.0}), "source_rate=-1.0; allowed: 0 or more"),
+        (dict(options={"source_weight": "much"}), "source_weight='much'; allowed: 0 or more"),
+        (dict(options={"z_dim": 0}), "z_dim=0; allowed: 1 or more"),
         (dict(sizes=(12,)), "d_model=12 is no multiple of d_head=8"),
     ],
 )
@@ -652,7 +656,7 @@ def test_what_is_wrong_with_a_model_is_said_before_its_source_is_trained(other_r
 
 def test_lists_in_a_config_made_in_python_are_as_good_as_tuples():
     options = (("conditioning", "film"), ("widths", (1, 2)))
-    made = tiny(sizes=[8], lr=[1e-2], options={"conditioning": "film", "widths": [1, 2]})
+    made = tiny(sizes=[8], lr=[1e-2], options={"widths": [1, 2], "conditioning": "film"})
     assert made == tiny(sizes=(8,), lr=(1e-2,), options=options) and hash(made) == hash(
         tiny(lr=(1e-2,), options=options)
     )

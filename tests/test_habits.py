@@ -27,7 +27,7 @@ def test_the_lock_file_fits_and_names_no_place():
 
 def test_the_documents_name_files_that_exist():
     there = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "reports/findings.md"):
         for name in re.findall(r"`([\w/]+\.py)`", (ROOT / document).read_text()):
             assert any(f"/{path}".endswith(f"/{name}") for path in there), f"{document}: {name}"
 
@@ -53,8 +53,8 @@ def test_links_of_the_documents_lead_somewhere():
 
 
 def test_the_reference_pages_lead_from_one_to_the_next():
-    names = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
-    for name, following in pairwise(names):
+    names = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if re.fullmatch(r"\d\d_\w+", path.stem)]
+    for name, following in pairwise(name for name in names if (ROOT / "reports" / f"{name}.html").exists()):
         page = (ROOT / "reports" / f"{name}.html").read_text()
         assert page.count(f'class="next" href="{following}.html"') == 2, f"{name}: at its top and at its end"
 

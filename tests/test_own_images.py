@@ -513,6 +513,9 @@ def test_other_images_of_a_loader_of_ones_own_are_other_data(monkeypatch, other_
         monkeypatch.setitem(LOADERS, "mine", mine(*given))
         folders.append(experiment.folder_of(about))
     assert len(set(folders)) == 4 and folders[0] == folders[-1]
+    ours = content_key("digits")
+    monkeypatch.setitem(LOADERS, "digits", LOADERS["mine"])
+    assert ours == "" and content_key("digits") == content_key("mine"), "one of ours that was put in place of"
 
 
 @pytest.mark.parametrize("which", ["pixels", "labels"])

@@ -213,8 +213,10 @@ def test_a_folder_is_named_from_where_the_command_is_given(project, monkeypatch,
     monkeypatch.setattr(reporting, "reproduce", lambda *given: asked.append(given[-1]) or [])
     monkeypatch.setenv("PROJECTABLE_REPORTS", str(tmp_path / "own"))
     monkeypatch.chdir(tmp_path)
-    CliRunner().invoke(__main__.cli, ["reproduce", "-p", "folder", "pets", "-p", "d_s", "8"], catch_exceptions=False)
-    assert asked == [{"folder": str(tmp_path / "pets"), "d_s": "8"}]
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for named in ("pets", "~/pets"):
+        CliRunner().invoke(__main__.cli, ["reproduce", "-p", "folder", named, "-p", "d_s", "8"], catch_exceptions=False)
+    assert asked == [{"folder": str(tmp_path / place / "pets"), "d_s": "8"} for place in ("", "home")]
 
 
 def test_pages_load_nothing_and_run_nothing(ran):

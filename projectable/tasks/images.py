@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -379,8 +379,8 @@ def content_key(dataset: str) -> str:
 
     A file is read again only where its size, inode or times (to the nanosecond) differ from those of the last call.
     """
-    if dataset in LOADERS and dataset not in OURS:
-        return _images_key(LOADERS[dataset])
+    if LOADERS.get(dataset) is not OURS.get(dataset):
+        return _images_key(dataset)
     if not dataset.startswith(FOLDER):
         return ""
     path, sha = _path(dataset), hashlib.sha256()
@@ -390,13 +390,19 @@ def content_key(dataset: str) -> str:
     return sha.hexdigest()
 
 
-@cache
-def _images_key(loader: Callable[[], Images]) -> str:
+_own_keys: dict[str, tuple[Callable[[], Images], str]] = {}  # of the loader that was asked last
+
+
+def _images_key(dataset: str) -> str:
+    loader = LOADERS[dataset]
+    if dataset in _own_keys and _own_keys[dataset][0] is loader:
+        return _own_keys[dataset][1]
     images = loader()
     sha = hashlib.sha256(repr((images.name, images.licence, images.label_names)).encode())
     for array in (array for pair in (images.train, images.test, images.val) if pair for array in pair):
         sha.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return sha.hexdigest()
+    _own_keys[dataset] = loader, sha.hexdigest()
+    return _own_keys[dataset][1]
 
 
 _digests: dict[str, tuple[tuple, bytes]] = {}
@@ -542,7 +548,7 @@ LOADERS: dict[str, Callable[[], Images]] = {
     "FashionMNIST": load_fashion_mnist,
     **{name: partial(load_torchvision, name) for name in TORCHVISION},
 }
-OURS = frozenset(LOADERS)  # data that do not change; others may be added
+OURS = dict(LOADERS)  # of data that do not change; others may be added
 # folder:PATH; a table, as above, so that the code of a loader is in the key of runs whose data name it alone
 LOADERS_OF_PATHS: dict[str, Callable[[Path, int], Images]] = {"folder": load_folder}  # path and patch
 
