@@ -136,10 +136,11 @@ def number(value) -> str:
 
 
 def short(value: float | None) -> str:
-    """A value in three decimals or three digits, where there is no room for its interval; never a bare 0."""
-    if value is None or not 5e-4 <= abs(value) < 10:
+    """A value in three digits or three decimals, more where it would read as 0: for where no interval fits in."""
+    if value is None or not 0 < abs(value) < 10:
         return number(value if value is None else float(f"{value:.3g}"))
-    return f"{value:.3f}".replace("-", "−")
+    decimals = 3 if abs(value) >= 5e-4 else 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.{decimals}f}".replace("-", "−")
 
 
 def duration(seconds: float | None) -> str:

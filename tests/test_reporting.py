@@ -615,7 +615,7 @@ def test_numbers_for_people():
     assert {value: pages.number(value) for value in shown} == shown
     assert pages.number(float("nan")) == "–" and pages.number(True) == "yes" and pages.number(np.False_) == ""
     shorter = {None: "–", 0.1234: "0.123", 120.0: "120", -0.00022: "−0.00022", 1.0: "1.000", 16.7: "16.7"}
-    shorter |= {-0.05: "−0.050", -0.1049: "−0.105"}
+    shorter |= {-0.05: "−0.050", -0.1049: "−0.105", -2.61e-5: "−0.000026", 0.0: "0.0000", float("inf"): "∞"}
     assert {value: pages.short(value) for value in shorter} == shorter
     assert [pages.duration(s) for s in (None, 8, 200, 3900)] == ["", "8 s", "3 min 20 s", "1 h 05 min"]
     claim = {"value": 3.21, "ci_low": 3.0, "ci_high": 3.4}
