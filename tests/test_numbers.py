@@ -224,6 +224,8 @@ def test_costs_in_numbers(digits, source, monkeypatch):
     cost = evaluation.generation_cost(small, "d8", repeats=3)
     assert cost["ms"] == 1000 and cost["maps"] == sum(p.numel() for p in small.groups()["d8"])
     assert cost["source"] == sum(p.numel() for p in small.source.parameters())
+    weights = small.weights("d8", torch.arange(1)).values()
+    assert cost["deployed"] == sum(w.numel() for w in weights) and cost["ms_low"] == cost["ms_high"] == 1000
     config = tiny_projectable()
     assert 10 * cost["multiply_adds"] == pytest.approx(
         (

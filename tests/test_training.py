@@ -391,6 +391,14 @@ def test_bfloat16_is_refused_where_it_does_not_pay(digits, monkeypatch):
         tiny(precision="float16")
 
 
+def test_precisions_are_timed_before_the_first_step_only(digits, tmp_path, monkeypatch):
+    timed, checkpoint = [], tmp_path / "checkpoint.safetensors"
+    monkeypatch.setattr("projectable.training.check_precision", lambda *given: timed.append(given[-1]))
+    for stop in (10, None):
+        trained(tiny(precision="bfloat16", steps=20), digits, checkpoint=checkpoint, stop_after=stop)
+    assert timed == ["bfloat16"], "a resumed run is not refused because the machine is busy"
+
+
 def test_bfloat16_is_taken_where_it_is_measured_to_be_faster(digits, monkeypatch):
     @contextlib.contextmanager
     def as_if(device, precision):
