@@ -37,11 +37,10 @@ def at_size(lr: dict[int, float], size: int) -> float:
 
 @dataclass(frozen=True)
 class Arm:
-    """One contender. `lr`: the middle of its sweep by width (`at_size`), where `MIDDLES` has none for it."""
+    """One contender."""
 
     words: str  # as a legend shows it
     model: str
-    lr: dict[int, float]  # empty: as the study's maps; zero: nothing is trained, nothing to sweep
     # source (the source alone), joint, both (as many examples as source and joint), half, matched (as much compute as
     # source and projections of all sizes), alone (one size, as much as source and projections of that size alone), a
     # share of both, or none: one at a rate of zero
@@ -53,14 +52,12 @@ class Arm:
     one_start: bool = False  # all seeds start from the first seed's run
 
 
-# Middles of sweeps are where earlier ones ended, for all arms alike: few have to go on beyond an edge.
+# Middles of sweeps, by width (`at_size`), are where earlier ones ended, for all arms alike: few have to go on beyond an
+# edge. Those of `arms` are for all studies that have no others.
 MIDDLES: dict[str, dict[str, dict[int, float]]] = {
     name: {arm: {int(size): rate for size, rate in lr.items()} for arm, lr in arms.items()}
     for name, arms in tomllib.loads((resources.files(__package__) / "middles.toml").read_text("utf-8")).items()
 }
-_UNIVERSAL = {8: 8e-2, 16: 4e-2, 32: 2e-2}
-_UNIVERSAL_BY_POSITION = {8: 8e-2, 16: 8e-2, 32: 2e-2}
-_SPECIALIST = {8: 2.8e-2, 16: 2.8e-2, 32: 1e-2}
 _SOURCE = dict(conditioning="additive", zero_writes=True)
 LAMBDA = 3.0  # weight of the source's own objective: with 1 the source loses about 1 % (validation images)
 
@@ -91,48 +88,24 @@ LINEAR = Maps("linear", dict(family="Linear", z_dim=8), ("family",))  # the simp
 
 def _projected(words: str, max_seeds=None, only=None, **options) -> Arm:
     """An arm of the study's maps, or of others, where `options` name a family."""
-    return Arm(words, "projectable", {}, "joint", "source", dict(source_weight=LAMBDA) | options, max_seeds, only)
+    return Arm(words, "projectable", "joint", "source", dict(source_weight=LAMBDA) | options, max_seeds, only)
 
 
 ARMS = {
-    "source": Arm("source alone", "source", {0: 7e-3}, "source", options=_SOURCE),
-    "source_control": Arm(
-        "source, trained on without projections", "source", {0: 1e-2}, "joint", "source", options=_SOURCE
-    ),
-    "source_whole": Arm(
-        "source alone, all steps in one go", "source", {0: 1.4e-2}, "both", options=_SOURCE, max_seeds=3
-    ),
-    "universal_token": Arm(
-        "universal, task token", "universal", _UNIVERSAL_BY_POSITION, options=dict(conditioning="token")
-    ),
-    "universal_additive": Arm(
-        "universal, additive", "universal", _UNIVERSAL_BY_POSITION, options=dict(conditioning="additive")
-    ),
-    "universal_film": Arm("universal, FiLM", "universal", _UNIVERSAL, options=dict(conditioning="film")),
-    "universal_adaln": Arm("universal, AdaLN-Zero", "universal", _UNIVERSAL, options=dict(conditioning="adaln")),
+    "source": Arm("source alone", "source", "source", options=_SOURCE),
+    "source_control": Arm("source, trained on without projections", "source", "joint", "source", options=_SOURCE),
+    "source_whole": Arm("source alone, all steps in one go", "source", options=_SOURCE, max_seeds=3),
+    "universal_token": Arm("universal, task token", "universal", options=dict(conditioning="token")),
+    "universal_additive": Arm("universal, additive", "universal", options=dict(conditioning="additive")),
+    "universal_film": Arm("universal, FiLM", "universal", options=dict(conditioning="film")),
+    "universal_adaln": Arm("universal, AdaLN-Zero", "universal", options=dict(conditioning="adaln")),
     "universal_distilled": Arm(
-        "best universal, distilled from the source",
-        "distilled",
-        {8: 1.1e-1, 16: 5.6e-2, 32: 2.8e-2},
-        start="source_control",
-        max_seeds=3,
+        "best universal, distilled from the source", "distilled", start="source_control", max_seeds=3
     ),
-    "universal_matched": Arm(
-        "best universal, the projections' compute",
-        "universal",
-        {8: 2.8e-2, 32: 1.4e-2},
-        "matched",
-        max_seeds=3,
-    ),
-    "hypernetwork": Arm("hypernetwork without a source", "hypernetwork", {8: 2e-2, 16: 4e-2, 32: 2e-2}),
-    "specialists": Arm("specialists from scratch", "specialists", _SPECIALIST),
-    "specialists_tuned": Arm(
-        "specialists, tuned from the best universal",
-        "specialists",
-        {8: 8e-2, 16: 1.4e-2, 32: 7e-3},
-        "half",
-        "universal",
-    ),
+    "universal_matched": Arm("best universal, the projections' compute", "universal", "matched", max_seeds=3),
+    "hypernetwork": Arm("hypernetwork without a source", "hypernetwork"),
+    "specialists": Arm("specialists from scratch", "specialists"),
+    "specialists_tuned": Arm("specialists, tuned from the best universal", "specialists", "half", "universal"),
     "projected": _projected("projected"),
     "projected_few_dims": _projected("projected, task vectors of 3 dimensions", only=0, z_dim=3),
     "static_token": _projected("one map for all tasks (StaticToken)", static="Static"),
@@ -143,30 +116,18 @@ ARMS = {
     "source_frozen": _projected("projected, source frozen", max_seeds=3, source_mode="frozen"),
 }
 # of the notebook on direct training: specialists from scratch with fewer and more steps, and from projected models
-_TUNED_ON = {
-    0.01: {8: 8e-3, 16: 2e-3, 32: 5e-4},
-    0.1: {8: 5e-3, 16: 1.25e-3, 32: 7.5e-4},
-    1.0: {8: 2e-2, 16: 1e-2, 32: 4e-3},
-}
 DIRECT = {
-    f"specialists_{name}": Arm(f"specialists from scratch, {words}", "specialists", lr, steps, max_seeds=3)
-    for name, words, steps, lr in (
-        ("a_hundredth", "a hundredth of the steps", 0.01, {8: 1.1e-1, 16: 5.6e-2, 32: 4e-2}),
-        ("a_tenth", "a tenth of the steps", 0.1, {8: 1.1e-1, 16: 5.6e-2, 32: 4e-2}),
-        ("a_third", "three tenths", 0.3, {8: 5.6e-2, 16: 2.8e-2, 32: 2e-2}),
+    f"specialists_{name}": Arm(f"specialists from scratch, {words}", "specialists", steps, max_seeds=3)
+    for name, words, steps in (
+        ("a_hundredth", "a hundredth of the steps", 0.01),
+        ("a_tenth", "a tenth of the steps", 0.1),
+        ("a_third", "three tenths", 0.3),
+        ("matched", "the projections' compute", "matched"),
     )
 }
-DIRECT["specialists_matched"] = Arm(
-    "specialists from scratch, the projections' compute",
-    "specialists",
-    {8: 2e-2, 16: 1.4e-2, 32: 5e-3},
-    "matched",
-    max_seeds=3,
-)
 DIRECT["specialists_distilled"] = Arm(
     "specialists from scratch, distilled from the source",
     "distilled_specialists",
-    {8: 5.6e-2, 16: 2.8e-2, 32: 1.4e-2},
     start="source_control",
     max_seeds=3,
 )
@@ -175,56 +136,30 @@ FROM_SCRATCH = (*(name for name in DIRECT if name.startswith("specialists_a_")),
 # … and from the source, cut to the leading directions of its activations
 _CUT: dict = dict(options=dict(p0="pca"), max_seeds=3)
 DIRECT |= {
-    "cut": Arm("cut from the fully trained source", "cut", {8: 0.0}, "none", "source_control", **_CUT),
-    "cut_tuned": Arm(
-        "cut from the fully trained source, tuned",
-        "cut",
-        {8: 4e-2, 16: 2.8e-2, 32: 7e-3},
-        "joint",
-        "source_control",
-        **_CUT,
-    ),
-    "cut_start": Arm(
-        "cut from the source that projections start from, tuned",
-        "cut",
-        {8: 4e-2, 16: 2.8e-2, 32: 7e-3},
-        "joint",
-        "source",
-        **_CUT,
-    ),
-    "source_half": Arm("source alone, half of the steps", "source", {0: 2e-2}, "half", options=_SOURCE, max_seeds=3),
+    "cut": Arm("cut from the fully trained source", "cut", "none", "source_control", **_CUT),
+    "cut_tuned": Arm("cut from the fully trained source, tuned", "cut", "joint", "source_control", **_CUT),
+    "cut_start": Arm("cut from the source that projections start from, tuned", "cut", "joint", "source", **_CUT),
+    "source_half": Arm("source alone, half of the steps", "source", "half", options=_SOURCE, max_seeds=3),
     "cut_half": Arm(
-        "cut from a source of half the steps, tuned for the other half",
-        "cut",
-        {8: 4e-2, 16: 2.8e-2, 32: 1e-2},
-        "half",
-        "source_half",
-        **_CUT,
+        "cut from a source of half the steps, tuned for the other half", "cut", "half", "source_half", **_CUT
     ),
     "cut_matched": Arm(
         "cut from the fully trained source, tuned, the projections' compute",
         "cut",
-        {8: 2.8e-2, 16: 1.4e-2, 32: 5e-3},
         "matched",
         "source_control",
         **_CUT,
     ),
 }
 DIRECT |= {
-    f"tuned_{share:g}": Arm(f"projected, then {share:.0%} of the steps", "tuned", lr, share, "projected", max_seeds=3)
-    for share, lr in _TUNED_ON.items()
+    f"tuned_{share:g}": Arm(f"projected, then {share:.0%} of the steps", "tuned", share, "projected", max_seeds=3)
+    for share in (0.01, 0.1, 1.0)
 }
 # of the notebook on cost: rivals with the projections' compute, of all widths and of one
 COST = {
-    "hypernetwork_matched": Arm(
-        "hypernetwork, the projections' compute", "hypernetwork", {8: 1e-2, 16: 2e-2, 32: 1e-2}, "matched", max_seeds=3
-    ),
+    "hypernetwork_matched": Arm("hypernetwork, the projections' compute", "hypernetwork", "matched", max_seeds=3),
     "universal_alone": Arm(
-        "best universal, the compute of projecting to its width alone",
-        "universal",
-        {8: 7e-3, 16: 1.4e-2},
-        "alone",
-        max_seeds=3,
+        "best universal, the compute of projecting to its width alone", "universal", "alone", max_seeds=3
     ),
 }
 # of the notebook on what the source brings: with and without its own objective, trained before or not
@@ -275,17 +210,16 @@ CONDITIONED = {
 }
 # of the notebook on transfer: rivals, and the random source, told of new tasks by their images
 SUPPORTED = {
-    "universal_support": Arm("universal, additive, told some of its images", "support_universal", _UNIVERSAL),
+    "universal_support": Arm("universal, additive, told some of its images", "support_universal"),
     "universal_support_film": Arm(
-        "universal, FiLM, told some of its images", "support_universal", _UNIVERSAL, options=dict(conditioning="film")
+        "universal, FiLM, told some of its images", "support_universal", options=dict(conditioning="film")
     ),
     "bank_support": _projected(
         "random source, trained, told some of its images", source_mode="random_trained", conditioning="SupportSet"
     ),
 }
 # of the notebook on the source: another rival of the same deployed size, and another family of Transformers
-_MIXTURE = {8: 5.6e-2, 16: 2.8e-2}
-MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", _MIXTURE, max_seeds=3)}
+MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", max_seeds=3)}
 EVERY = ARMS | DIRECT | COST | BRINGS | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS
 EVERY |= CONDITIONED | SUPPORTED | MIXTURES
 # arms of a masked study: those that make sense without an order, so no task token
@@ -531,8 +465,10 @@ class Study(Compared):
         return self.sizes if only is None else (self.sizes[only],)
 
     def middle(self, name: str, size: int) -> float:
-        lr = self.middles.get(name) or MIDDLES[self.maps.name].get(name) or self.arms[name].lr or self.maps.lr
-        return at_size(lr, size)
+        if self.arms[name].steps == "none":
+            return 0.0
+        known = (self.middles, MIDDLES[self.maps.name], MIDDLES["arms"])
+        return at_size(next((table[name] for table in known if name in table), self.maps.lr), size)
 
     def _trials(self, powers: dict[tuple[str, int], list[int]]) -> dict[tuple[str, int, int], RunConfig]:
         """Projections train all sizes in one run; the source alone is judged by those that start from it."""

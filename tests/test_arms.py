@@ -182,7 +182,7 @@ def test_the_sources_beginning_is_judged_by_its_projections(study):
     assert trials.lr[trials.best].tolist() == [7e-3] and set(trials.arm) == {"source"}
     assert all(config.model == "projectable" for config in study.asked)
     assert all(config.lr == tuple(at_size(MAPS.lr, s) for s in config.sizes) for config in study.asked)
-    assert {config.source_lr for config in study.asked} == {at_size(ARMS["source_control"].lr, 32)}
+    assert {config.source_lr for config in study.asked} == {at_size(MIDDLES["arms"]["source_control"], 32)}
     assert study.rates("source_control") == {32: 2e-2}, "the control is judged by itself, as far as its sweep goes"
     config = study.config("projected", {s: 1e-3 for s in PROFILE.sizes}, seed=1)
     assert (config.start.source_lr, config.start.seed, config.source_lr) == (7e-3, 1, 2e-2)
@@ -330,7 +330,7 @@ def test_a_study_may_begin_its_sweeps_elsewhere(study):
     assert short.middle("projected", 16) == 3e-4, "the study's comes before that of the maps"
     assert short.middle("depth_2", 8) == MIDDLES["linear"]["depth_2"][8]
     assert short.middle("static_maps", 8) == LINEAR.lr[8] and short.middle("hard_mixture", 8) == 5.6e-2
-    assert short.middle("source", 32) == ARMS["source"].lr[0] and short.middle("source_control", 32) == 2e-2
+    assert short.middle("source", 32) == MIDDLES["arms"]["source"][0] and short.middle("source_control", 32) == 2e-2
     with pytest.raises(ValueError, match="unknown middles of sweeps 'letter'; allowed: orthonormal, linear, short"):
         Study(PROFILE, middles="letter")
     with pytest.raises(ValueError, match="unknown middles of sweeps 'mine'; allowed: orthonormal, linear, short"):
@@ -341,6 +341,8 @@ def test_sweeps_begin_at_rates_of_arms_that_there_are():
     for name, table in MIDDLES.items():
         assert not table.keys() - EVERY.keys(), name
         assert all(0 < rate < 1 and size >= 0 for lr in table.values() for size, rate in lr.items()), name
+    own = {name for name, arm in EVERY.items() if arm.model != "projectable" and arm.steps != "none"}
+    assert MIDDLES["arms"].keys() == own, "projections begin at the rate of their maps"
 
 
 def test_controls_differ_from_the_projection_in_what_they_say(study):
