@@ -174,23 +174,23 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Profile:
-    """A setting: what every arm of a comparison shares."""
+    """A setting: what every arm of a comparison shares; by default that of `laptop`, for two cores without a GPU."""
 
     name: str
-    data: DataConfig
-    d_source: int
-    n_layers: int
-    sizes: tuple[int, ...]
-    source_steps: int  # of the source alone
-    joint_steps: int  # of source and projections together; rivals get both: equal examples
-    images_per_task: int
-    tasks_per_step: int
-    seeds: tuple[int, ...]
-    trials: int  # learning rates of an arm and size …
-    max_trials: int  # … and as many at most: where the best is at an edge, the sweep goes on
-    n_clusters: int
-    eval_every: int
-    val_images: int
+    data: DataConfig = DataConfig()
+    d_source: int = 64
+    n_layers: int = 2
+    sizes: tuple[int, ...] = (8, 16, 32)
+    source_steps: int = 200  # of the source alone
+    joint_steps: int = 800  # of source and projections together; rivals get both: equal examples
+    images_per_task: int = 4
+    tasks_per_step: int = 10
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    trials: int = 3  # learning rates of an arm and size …
+    max_trials: int = 12  # … and as many at most: where the best is at an edge, the sweep goes on
+    n_clusters: int = 64
+    eval_every: int = 200
+    val_images: int = 100
 
     @property
     def clusters(self) -> DataConfig:
@@ -232,59 +232,33 @@ class Profile:
         return replace(self, source_steps=source, joint_steps=joint, eval_every=every)
 
 
-PROFILES = {
-    "smoke": Profile(
-        name="smoke",  # no evidence: it shows that everything runs
-        data=DataConfig("digits", vocab_size=32, patch=2, val_per_class=20),
-        d_source=32,
-        n_layers=2,
-        sizes=(8, 16, 24),
-        source_steps=4,
-        joint_steps=6,
-        images_per_task=2,
-        tasks_per_step=10,
-        seeds=(0, 1),
-        trials=2,
-        max_trials=2,
-        n_clusters=16,
-        eval_every=3,
-        val_images=10,
-    ),
-    "laptop": Profile(
-        name="laptop",  # two cores, no GPU
-        data=DataConfig(),
-        d_source=64,
-        n_layers=2,
-        sizes=(8, 16, 32),
-        source_steps=200,
-        joint_steps=800,
-        images_per_task=4,
-        tasks_per_step=10,
-        seeds=(0, 1, 2, 3, 4),
-        trials=3,
-        max_trials=12,
-        n_clusters=64,
-        eval_every=200,
-        val_images=100,
-    ),
-    "gpu": Profile(
-        name="gpu",  # one CUDA device: a bigger source, more sizes, seven times as many images
-        data=DataConfig(vocab_size=256),
-        d_source=128,
-        n_layers=3,
-        sizes=(8, 16, 32, 64),
-        source_steps=200,
-        joint_steps=1000,
-        images_per_task=24,
-        tasks_per_step=10,
-        seeds=(0, 1, 2),
-        trials=3,
-        max_trials=12,
-        n_clusters=64,
-        eval_every=200,
-        val_images=200,
-    ),
-}
+_SMOKE = Profile(  # no evidence: it shows that everything runs
+    "smoke",
+    DataConfig("digits", vocab_size=32, patch=2, val_per_class=20),
+    d_source=32,
+    sizes=(8, 16, 24),
+    source_steps=4,
+    joint_steps=6,
+    images_per_task=2,
+    seeds=(0, 1),
+    trials=2,
+    max_trials=2,
+    n_clusters=16,
+    eval_every=3,
+    val_images=10,
+)
+_GPU = Profile(  # one CUDA device: a bigger source, more sizes, seven times as many images
+    "gpu",
+    DataConfig(vocab_size=256),
+    d_source=128,
+    n_layers=3,
+    sizes=(8, 16, 32, 64),
+    joint_steps=1000,
+    images_per_task=24,
+    seeds=(0, 1, 2),
+    val_images=200,
+)
+PROFILES = {profile.name: profile for profile in (_SMOKE, Profile("laptop"), _GPU)}
 
 
 def get_profile(name: str) -> Profile:
