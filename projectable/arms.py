@@ -436,7 +436,7 @@ class Study(Compared):
             p.images_per_task,
             eval_every=p.eval_every,
             val_images=p.val_images,
-            options=tuple(sorted(options.items())),
+            options=tuple(options.items()),
             start=start,
         )
 
@@ -593,7 +593,7 @@ def sweep_source_rates(study: Study, *names: str) -> pd.DataFrame:
         for name, k in asked:
             config = study.config(name, study.rates(name), study.profile.seeds[0])
             options = dict(config.options) | (dict(source_rate=FACTOR**k) if k else {})
-            configs.append(config.with_(options=tuple(sorted(options.items()))))
+            configs.append(config.with_(options=options))
         for (name, k), run in zip(asked, run_many(configs, "rates of the source", diverging=True), strict=True):
             losses[name][k] = sum(run.result["val"][f"d{s}"] for s in study.sizes_of(name)) / len(study.sizes_of(name))
         found = {name: _found(losses[name], study.profile.max_trials, name) for name in names}

@@ -95,8 +95,11 @@ class RunConfig:
     start: RunConfig | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError naming the value and what is allowed. Lists and a dict of options become tuples."""
-        pairs = sorted(self.options.items()) if isinstance(self.options, dict) else self.options
+        """Raises ValueError naming the value and what is allowed. Lists and a dict of options become tuples.
+
+        Options are sorted by name: in whatever order they were given, the run is the same.
+        """
+        pairs = sorted(dict(self.options).items())
         for name, listed in dict(sizes=self.sizes, lr=self.lr, options=pairs).items():
             object.__setattr__(self, name, tuple(map(_frozen, cast(Iterable, listed))))
         if len(self.lr) != len(self.sizes):
@@ -343,7 +346,7 @@ def _value(kind, value, words: str, where: str):
                 isinstance(p, list | tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs
             ):
                 raise ConfigError(f"{words}={value!r:.60}; allowed: an object, or a list of [name, value]")
-            return tuple((name, _frozen(v)) for name, v in pairs)
+            return value
         if not isinstance(value, list):
             raise ConfigError(f"{words}={value!r:.60}; allowed: a list of {inner.__name__}")
         return tuple(_value(inner, x, words, where) for x in value)

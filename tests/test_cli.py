@@ -201,8 +201,16 @@ def test_a_config_survives_json():
     for config in (tiny(), tiny_projectable(**TRAINED), tiny_source(start=tiny_source(), patience=2)):
         again = config_from(json.loads(json.dumps(asdict(config))), MODELS)
         assert again == config and again.key() == config.key()
-    found = asdict(tiny_projectable(**TRAINED)) | dict(options={"family": "Linear", "z_dim": 4}, source_lr=1)
+    found = asdict(tiny_projectable(**TRAINED)) | dict(source_lr=1)
     assert config_from(json.loads(json.dumps(found)), MODELS) == tiny_projectable(**TRAINED | dict(source_lr=1.0))
+
+
+def test_options_in_any_form_and_order_are_the_same_run():
+    pairs = [["z_dim", 4], ["family", "Linear"], ["inner", ["a", "b"]]]
+    made = tiny_projectable(options=dict(pairs))
+    for options in (dict(pairs), dict(pairs[::-1]), pairs, pairs[::-1]):
+        of_json = config_from(GOOD | dict(options=options), MODELS)
+        assert of_json == made == tiny_projectable().with_(options=options) and of_json.key() == made.key()
 
 
 def test_the_example_is_a_config():
