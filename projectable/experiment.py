@@ -351,9 +351,8 @@ def operations(config: RunConfig) -> float:
     if model == "projectable":
         options["conditioning"] = "LearnedID"  # what makes the task vectors costs next to nothing in a step
         start = cast(RunConfig, config.start).with_(model="source", source_lr=0.0, seed=0, start=None)
-        own = config.with_(model=model, lr=(0.0,) * len(config.sizes), source_lr=0.0, steps=1, seed=0, start=start)
-        own = own.with_(options=tuple(options.items()))
-        per_step += 3.0 * _generation(own, n_tasks)
+        alike = dict(model=model, lr=(0.0,) * len(config.sizes), source_lr=0.0, steps=1, seed=0)
+        per_step += 3.0 * _generation(config.with_(**alike, options=options, start=start), n_tasks)
     elif model == "hypernetwork":
         per_step += 3.0 * _generation(config.with_(lr=(0.0,), steps=1, seed=0), n_tasks)
     return per_step * config.steps + (operations(config.start) if config.start is not None else 0.0)
@@ -441,7 +440,7 @@ def _blank(config: RunConfig, data: TaskData) -> Model:
         config = config.with_(model=TAUGHT[config.model], options=options, start=None)
     start = _blank(config.start, data_for(config.start.data)) if config.start is not None else None
     if config.model.endswith("projectable"):  # whose start is overwritten: the one that costs nothing
-        config = config.with_(options=tuple((dict(config.options) | {"p0": "slice"}).items()))
+        config = config.with_(options=dict(config.options) | {"p0": "slice"})
     return untrained(config, data, start)
 
 
@@ -494,7 +493,7 @@ def run(
             if not team.first(is_there):
                 try:
                     if config.start is not None:
-                        if not Run(config.start, folder_of(config.start)).is_done():
+                        if not is_done(config.start):
                             _try_out(config)
                         run(config.start, report, stop, team)
                     _train(config, folder, report, stop, team)
