@@ -107,7 +107,7 @@ def chain(config: RunConfig) -> list[RunConfig]:
 
 def find_run(name: str | Path) -> Run:
     """The finished run of that folder, or of that name in runs/. Raises ConfigError saying why there is none."""
-    from projectable.config import ConfigError, config_from
+    from projectable.config import ConfigError, read_config
     from projectable.experiment import MODELS, Run, runs_dir
     from projectable.storage import read_json
 
@@ -121,8 +121,7 @@ def find_run(name: str | Path) -> Run:
         raise ConfigError(f"{folder} is no run but a small model: `projectable sample`, `evaluate` and `info` take it")
     if not (folder / "result.json").exists():
         raise ConfigError(f"{folder} is not finished: `projectable train {folder / 'config.json'}` goes on with it")
-    config = config_from(read_json(folder / "config.json"), MODELS, str(folder / "config.json"))
-    return Run(config, folder)
+    return Run(read_config(folder, MODELS), folder)
 
 
 def check_current(run: Run) -> Run:

@@ -646,19 +646,18 @@ def run_many(
     if not todo:
         return runs
     undone = {folder: c for folder, c in todo.items() if not Run(c, folder).is_done()}
-    parents = {folder_of(c.start): c.start for c in undone.values() if c.start is not None}
+    starts = {folder: Run(c.start, folder_of(c.start)) for folder, c in undone.items() if c.start is not None}
     lost: list[Exception] = []
-    if parents := {folder: c for folder, c in parents.items() if not Run(c, folder).is_done()}:
+    if parents := {start.folder: start.config for start in starts.values() if not start.is_done()}:
         try:
             run_many(list(parents.values()), f"{words}: what these start from", executor=executor, diverging=diverging)
         except Exception as error:  # those that start from others are trained first
-            lost, held = [error], {folder for folder, c in parents.items() if not Run(c, folder).is_done()}
-            starts = {folder: folder_of(c.start) for folder, c in undone.items() if c.start is not None}
-            todo = {folder: c for folder, c in todo.items() if held.isdisjoint((folder, starts.get(folder)))}
+            held = {start.folder for start in starts.values() if not start.is_done()}
+            lost = [error]
+            todo = {f: c for f, c in todo.items() if f not in held and (f not in starts or starts[f].is_done())}
     for data in {c.data for c in todo.values()}:
         data_for(data)
-    of = {folder: operations(c) for folder, c in todo.items()}
-    order = [todo[folder] for folder in sorted(of, key=lambda f: of[f], reverse=True)]  # so that the cores end together
+    order = sorted(todo.values(), key=operations, reverse=True)  # so that the cores end together
     rest = {folder: _own_operations(c) if folder in undone else 0.0 for folder, c in todo.items()}
     total = sum(rest.values())
     bar = tqdm(
