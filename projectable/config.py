@@ -37,6 +37,7 @@ STARTS = {  # whose start is of one kind, and of the same data and source
     "cut": "source",
     "tuned": "projectable",
 }
+GOES_ON = {"source": "source", "masked_source": "masked_source"}  # which may start from one of its kind, as above
 OF_OTHER_DATA = {  # whose start may be of other data
     "told": ("support_universal",),
     "adapted": ("projectable", "universal", "hypernetwork", "source", "distilled", "adapted"),
@@ -133,13 +134,14 @@ class RunConfig:
             self._check_start(self.start)
 
     def _check_start(self, start: RunConfig) -> None:
-        allowed = (STARTS[self.model],) if self.model in STARTS else OF_OTHER_DATA.get(self.model, (start.model,))
+        alike = STARTS | GOES_ON
+        allowed = (alike[self.model],) if self.model in alike else OF_OTHER_DATA.get(self.model, (start.model,))
         if start.model not in allowed:
             kinds = " or ".join(map(repr, allowed))
             raise ValueError(f"start: model {start.model!r}; allowed for {self.model!r}: {kinds}")
         if start.model.startswith("masked_") != self.model.startswith("masked_"):
             raise ValueError(f"start: model {start.model!r}; allowed for {self.model!r}: one that reads as it does")
-        same = ("data", "d_source", "n_layers") if self.model in STARTS else ("n_layers",)
+        same = ("data", "d_source", "n_layers") if self.model in alike else ("n_layers",)
         for name in same:
             its, own = getattr(start, name), getattr(self, name)
             if its != own:

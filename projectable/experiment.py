@@ -47,7 +47,7 @@ from .baselines import (
     group_tasks,
 )
 from .conditioning import CONDITIONINGS
-from .config import DataConfig, RunConfig
+from .config import OF_OTHER_DATA, DataConfig, RunConfig
 from .projection import KEEPS_OBJECTIVE, Adapted, Projectable
 from .storage import (
     DamagedFile,
@@ -184,10 +184,14 @@ def build(config: RunConfig, data: TaskData) -> Model:
 
 def _check_options(config: RunConfig) -> None:
     """Raises ValueError for options that the model does not take."""
-    if config.model in MODELS:
-        takes = list(inspect.signature(MODELS[config.model]).parameters.values())[3:]  # beside config, data and start
-        known = [p.name for p in takes if p.kind is not p.VAR_KEYWORD]
-        for option in dict(config.options).keys() - set(known if len(known) == len(takes) else dict(config.options)):
+    if config.model not in MODELS:
+        return
+    takes = list(inspect.signature(MODELS[config.model]).parameters.values())[3:]  # beside config, data and start
+    if any(p.kind is p.VAR_KEYWORD for p in takes):  # a family's, too: the model says what it takes
+        return
+    known = [p.name for p in takes]
+    for option in dict(config.options):
+        if option not in known:
             allowed = ", ".join(known) or "none"
             raise ValueError(f"unknown option {option!r} of the model {config.model!r}; allowed: {allowed}")
 
@@ -199,19 +203,33 @@ def untrained(config: RunConfig, data: TaskData, start: Model | None) -> Model:
     """
     if config.model not in MODELS:
         raise ValueError(f"unknown model {config.model!r}; allowed: {', '.join(MODELS)}")
+    if start is not None and config.model not in OF_OTHER_DATA and start.n_tasks != data.n_tasks:
+        raise ValueError(f"start: {start.n_tasks} tasks; allowed: as many as the run itself has, {data.n_tasks}")
     torch.manual_seed(config.seed)  # after the start was built, which draws from its own seed
     return MODELS[config.model](config, data, start, **dict(config.options))
 
 
-def _source(config: RunConfig, data: TaskData, start: Model | None, **options) -> Model:
-    source = Universal(config.shape(data.codebook.length), data.n_tasks, member="source", **options)
+def _source(
+    config: RunConfig,
+    data: TaskData,
+    start: Universal | None,
+    conditioning: str = "additive",
+    zero_writes: bool = False,
+) -> Model:
+    source = Universal(config.shape(data.codebook.length), data.n_tasks, conditioning, "source", zero_writes)
     if start is not None:
+        if start.conditioning != conditioning:
+            its = start.conditioning
+            raise ValueError(f"start: conditioning={its!r}; allowed: that of the run itself, {conditioning!r}")
         source.load_state_dict(start.state_dict())
     return source
 
 
-def _universal(config: RunConfig, data: TaskData, start: None, **options) -> Model:
-    return Universal(config.shape(data.codebook.length, *config.sizes), data.n_tasks, **options)
+def _universal(
+    config: RunConfig, data: TaskData, start: None, conditioning: str = "additive", zero_writes: bool = False
+) -> Model:
+    shape = config.shape(data.codebook.length, *config.sizes)
+    return Universal(shape, data.n_tasks, conditioning, zero_writes=zero_writes)
 
 
 def _support_universal(config: RunConfig, data: TaskData, start: None, conditioning: str = "additive") -> Model:
@@ -219,16 +237,18 @@ def _support_universal(config: RunConfig, data: TaskData, start: None, condition
     return SupportUniversal(shape, data.first("train", 16), conditioning=conditioning)
 
 
-def _hypernetwork(config: RunConfig, data: TaskData, start: None, **options) -> Model:
-    return Hypernetwork(config.shape(data.codebook.length, *config.sizes), data.n_tasks, **options)
+def _hypernetwork(config: RunConfig, data: TaskData, start: None, z_dim: int = 8, family: str = "Linear") -> Model:
+    return Hypernetwork(config.shape(data.codebook.length, *config.sizes), data.n_tasks, z_dim, family)
 
 
 def _told(config: RunConfig, data: TaskData, start: SupportUniversal) -> Model:
     return start.told_of(data.first("train", 16))
 
 
-def _distilled(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
-    return Distilled(config.shape(data.codebook.length, *config.sizes), data.n_tasks, teacher=start, **options)
+def _distilled(
+    config: RunConfig, data: TaskData, start: Universal, conditioning: str = "additive", share: float = 0.5
+) -> Model:
+    return Distilled(config.shape(data.codebook.length, *config.sizes), data.n_tasks, start, conditioning, share)
 
 
 def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Model:
@@ -246,11 +266,11 @@ def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Mode
     return Specialists(config.shape(data.codebook.length, size), data.n_tasks, weights)
 
 
-def _distilled_specialists(config: RunConfig, data: TaskData, start: Universal, **options) -> Model:
-    return DistilledSpecialists(config.shape(data.codebook.length, *config.sizes), data.n_tasks, start, **options)
+def _distilled_specialists(config: RunConfig, data: TaskData, start: Universal, share: float = 0.5) -> Model:
+    return DistilledSpecialists(config.shape(data.codebook.length, *config.sizes), data.n_tasks, start, share)
 
 
-def _cut(config: RunConfig, data: TaskData, start: Universal, p0: str) -> Model:
+def _cut(config: RunConfig, data: TaskData, start: Universal, p0: str = "pca") -> Model:
     tokens = data.first("train", 20)
     whole = Projectable(start, data.n_tasks, config.sizes, tokens, family="Slice", p0=p0, seed=config.seed)
     return _specialists(config, data, whole)

@@ -7,6 +7,7 @@ import sys
 import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from multiprocessing import Pipe, get_context
 from queue import Queue
 
@@ -612,6 +613,9 @@ def test_a_folder_that_jupyter_left_in_an_unfinished_run_does_not_stop_it(other_
     assert run(tiny(steps=2)).is_done()
 
 
+SOURCE, CLUSTERS = dict(model="source", sizes=(), lr=()), replace(DIGITS, tasks="clusters4")
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -628,6 +632,10 @@ def test_a_folder_that_jupyter_left_in_an_unfinished_run_does_not_stop_it(other_
             "allowed for 'specialists': one that reads as it does",
         ),
         (dict(model="specialists", start=tiny(), n_layers=2), "start: n_layers=1; allowed: that of the run itself, 2"),
+        (SOURCE | dict(start=tiny()), "start: model 'universal'; allowed for 'source': 'source'"),
+        (SOURCE | dict(model="masked_source", start=tiny_source()), "allowed for 'masked_source': 'masked_source'"),
+        (SOURCE | dict(start=tiny_source(data=CLUSTERS)), "start: data=.*clusters4.*; allowed: that of the run itself"),
+        (SOURCE | dict(start=tiny_source(d_source=32)), "start: d_source=32; allowed: that of the run itself, 16"),
     ],
 )
 def test_a_config_made_in_python_is_checked_as_one_of_json_is(changes, message):
@@ -679,6 +687,14 @@ def test_data_of_no_codes_or_pixels(name):
         (dict(model="specialists", start=tiny(steps=2), sizes=(16,)), "'specialists' of width 16; allowed: .*: d8"),
         (dict(model="hard_mixture", options=(("experts", 2),)), "unknown option 'experts' .*; allowed: n_experts"),
         (dict(model="specialists", options=(("share", 2),)), "unknown option 'share' .*'specialists'; allowed: none"),
+        (
+            SOURCE | dict(options={"conditioning": "film"}, start=tiny_source(steps=2)),
+            "start: conditioning='additive'; allowed: that of the run itself, 'film'",
+        ),
+        (
+            dict(model="specialists", start=tiny(data=CLUSTERS, steps=2)),
+            "start: 4 tasks; allowed: as many as the run itself has, 10",
+        ),
     ],
 )
 def test_models_that_cannot_be_built(digits, changes, message):
@@ -699,8 +715,19 @@ def test_the_same_folder_is_the_same_data_from_wherever_it_is_named(tmp_path, mo
 
 def test_wrong_options_are_named_before_anything_is_trained(digits, monkeypatch):
     monkeypatch.setattr(experiment, "run", lambda config: pytest.fail("trained its start"))
-    with pytest.raises(ValueError, match="unknown option 'tun' of the model 'adapted'; allowed: tune"):
-        experiment.build(tiny(model="adapted", start=tiny(seed=9), options=(("tun", "maps"),)), digits)
+    of_source, told = dict(start=tiny_source(seed=9)), "conditioning, zero_writes"
+    for model, changes, allowed in (
+        ("adapted", dict(start=tiny(seed=9)), "tune"),
+        ("universal", {}, told),
+        ("source", dict(sizes=(), lr=()), told),
+        ("hypernetwork", {}, "z_dim, family"),
+        ("distilled", of_source, "conditioning, share"),
+        ("distilled_specialists", of_source, "share"),
+        ("hard_mixture", {}, "n_experts"),
+        ("told", dict(start=tiny(model="support_universal", seed=9)), "none"),
+    ):
+        with pytest.raises(ValueError, match=f"unknown option 'tun' of the model '{model}'; allowed: {allowed}$"):
+            experiment.build(tiny(model=model, options={"tun": "maps"}, **changes), digits)
 
 
 def test_starts_that_give_what_the_config_says(digits):
