@@ -55,7 +55,7 @@ class Conditioning(nn.Module):
 
 @conditioning
 class LearnedID(Conditioning):
-    """One learned vector a task, N(0, 1/K)·√K at the start: entries of size 1."""
+    """One learned vector a task, N(0, 1) at the start."""
 
     def __init__(self, n_tasks: int, z_dim: int):
         super().__init__(n_tasks, z_dim)
@@ -96,13 +96,13 @@ class ShuffledID(LearnedID):
 class Features(Conditioning):
     """Fixed vectors (n_tasks, F), e.g. mean image features of a task's training images, and a learned linear map.
 
-    The vectors are centred and scaled (one number for all F) by those of the tasks `fitted_on`, by default all. Raises
-    ValueError where they are not one of finite numbers a task.
+    The vectors are centred and scaled (one number for all F). Raises ValueError where they are not one of finite
+    numbers a task.
     """
 
     needs = ("vectors",)
 
-    def __init__(self, n_tasks: int, z_dim: int, vectors: Tensor, fitted_on: Sequence[int] | None = None):
+    def __init__(self, n_tasks: int, z_dim: int, vectors: Tensor):
         super().__init__(n_tasks, z_dim)
         vectors = (
             torch.tensor(vectors, dtype=torch.float32) if not isinstance(vectors, Tensor) else vectors.float().clone()
@@ -111,9 +111,8 @@ class Features(Conditioning):
             raise ValueError(
                 f"vectors of shape {tuple(vectors.shape)}; allowed: one of finite numbers a task, ({n_tasks}, F)"
             )
-        known = vectors if fitted_on is None else vectors[list(fitted_on)]
-        center = known.mean(0)
-        scale = (known - center).square().mean().sqrt().clamp_min(1e-6)
+        center = vectors.mean(0)
+        scale = (vectors - center).square().mean().sqrt().clamp_min(1e-6)
         self.register_buffer("center", center)
         self.register_buffer("scale", scale)
         self.register_buffer("table", vectors)
@@ -133,18 +132,16 @@ class Features(Conditioning):
 class Attributes(Features):
     """What a task's name says: `Features` of its words' letters, 1 to 3 in a row (TF–IDF), and a learned linear map.
 
-    Which letter groups there are is fitted on the names of the tasks `fitted_on`, by default all. A name can tell any
-    attributes (“letter a, bold, turned”).
+    A name can tell any attributes (“letter a, bold, turned”).
     """
 
     needs = ("names",)
 
-    def __init__(self, n_tasks: int, z_dim: int, names: Sequence[str], fitted_on: Sequence[int] | None = None):
+    def __init__(self, n_tasks: int, z_dim: int, names: Sequence[str]):
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3))
-        letters.fit([names[t] for t in (range(len(names)) if fitted_on is None else fitted_on)])
-        super().__init__(n_tasks, z_dim, letters.transform(names).toarray(), fitted_on)
+        super().__init__(n_tasks, z_dim, letters.fit_transform(names).toarray())
 
 
 @conditioning
@@ -154,36 +151,22 @@ class SupportSet(Conditioning):
     `support` (n_tasks, n_max, N) are training images as tokens below `vocab_size`. In training mode with gradients, n
     is drawn from `n_train` (1, 4 and 16, where there are as many) and the images from the task's support, with torch's
     random numbers; else z is that of the first `n_eval` images (at most 16). The pooled state is centred and scaled
-    by the support's single images at the start. Raises ValueError for tokens or numbers of images that cannot be.
+    by the support's single images at the start. Raises ValueError for a support that cannot be.
     """
 
     needs = ("support", "vocab_size")
     draws = True
 
-    def __init__(
-        self,
-        n_tasks: int,
-        z_dim: int,
-        support: Tensor,
-        vocab_size: int,
-        width: int = 64,
-        n_train: Sequence[int] | None = None,
-        n_eval: int | None = None,
-    ):
+    def __init__(self, n_tasks: int, z_dim: int, support: Tensor, vocab_size: int):
         super().__init__(n_tasks, z_dim)
-        n_max = support.shape[1] if support.dim() == 3 else 0
+        width, n_max = 64, support.shape[1] if support.dim() == 3 else 0
         if len(support) != n_tasks or not n_max:
             raise ValueError(f"support of shape {tuple(support.shape)}; allowed: ({n_tasks}, images, tokens)")
         if not 0 <= support.min() <= support.max() < vocab_size:
             raise ValueError(
                 f"support has tokens from {support.min()} to {support.max()}; allowed: 0 to {vocab_size - 1}"
             )
-        n_train = [n for n in (1, 4, 16) if n <= n_max] if n_train is None else n_train
-        n_eval = min(16, n_max) if n_eval is None else n_eval
-        for name, n in [("n_eval", n_eval), *(("n_train", n) for n in n_train)]:
-            if not 1 <= n <= n_max:
-                raise ValueError(f"{name} asks for {n} images of a support of {n_max}; allowed: 1 to {n_max}")
-        self.n_train, self.n_eval = tuple(n_train), n_eval
+        self.n_train, self.n_eval = tuple(n for n in (1, 4, 16) if n <= n_max), min(16, n_max)
         self.register_buffer("support", support.clone())  # several sizes are given the same one
         self.tokens = nn.Parameter(torch.randn(vocab_size, width))
         self.positions = nn.Parameter(torch.randn(support.shape[2], width))
