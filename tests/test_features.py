@@ -51,11 +51,9 @@ class TestResNet:
         x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
         torch.testing.assert_close(net.fc(features), net(x), rtol=1e-4, atol=1e-4)
 
-    def test_blocks_change_nothing_and_report(self, resnet, images):
-        done = []
-        one = image_features(images, "resnet18", resnet[1], size=32, block=2, report=lambda i, n: done.append((i, n)))
-        torch.testing.assert_close(one, image_features(images, "resnet18", resnet[1], size=32), rtol=1e-4, atol=1e-5)
-        assert done == [(2, 3), (3, 3)]
+    def test_blocks_change_nothing(self, resnet, images):
+        one, other = (image_features(images, "resnet18", resnet[1], size=32, block=n) for n in (2, 32))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
     def test_grey_is_three_equal_channels(self, resnet, images):
         colour = images.repeat(3, axis=-1)

@@ -285,19 +285,12 @@ def _captioned_digits(*about) -> TaskData:
 @cache
 def _seen(dataset: str, patch: int, val_per_class: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Each split's images (n, H, W, C), of training 15,000 at most, and what a frozen encoder sees in them (n, K)."""
-    from tqdm import tqdm
-
     from ..features import image_features
 
     splits = {name: x for name, (x, _) in split_images(load_images(dataset, patch), val_per_class).items()}
     splits["train"] = splits["train"][:15_000]
     every = np.concatenate(list(splits.values()))
-    with tqdm(total=len(every), unit="image", desc="features of images", mininterval=5) as bar:
-
-        def report(done: int, n: int) -> None:
-            bar.update(done - bar.n)
-
-        features = image_features(every, size=64 if every.shape[1] > 16 else 32, report=report)
+    features = image_features(every, size=64 if every.shape[1] > 16 else 32)
     ends = np.cumsum([len(x) for x in splits.values()])[:-1]
     parts = np.split(features.numpy(), ends)
     return {name: (x, part) for (name, x), part in zip(splits.items(), parts, strict=True)}
