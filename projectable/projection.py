@@ -271,9 +271,8 @@ class Projectable(Model):
                 raise ValueError(f"{name}={value!r}; allowed: 0 or more")
         if not isinstance(z_dim, int) or z_dim < 1:
             raise ValueError(f"z_dim={z_dim!r}; allowed: 1 or more")
-        self.source, self.shape, self.sizes, self.n_tasks = source, source.shape, tuple(sizes), n_tasks
-        self.source_mode, self.use_task_embedding = source_mode, use_task_embedding
-        self.source_weight, self.source_rate = source_weight, source_rate
+        self.source, self.shape, self.n_tasks = source, source.shape, n_tasks
+        self.use_task_embedding, self.source_weight, self.source_rate = use_task_embedding, source_weight, source_rate
         if source_mode.startswith("random"):
             redraw_inner_weights(source, seed)
         if source_mode.endswith("frozen"):

@@ -218,9 +218,6 @@ def make_tasks(
 
     Raises ValueError naming the allowed values; DataError where images are missing or too few.
     """
-    for name, value, least in (("vocab_size", vocab_size, 1), ("patch", patch, 1), ("val_per_class", val_per_class, 0)):
-        if value < least:
-            raise ValueError(f"{name}={value}; allowed: {least} or more")
     if scarce := re.fullmatch(FEW, tasks):
         whole = make_tasks(dataset, scarce[1], vocab_size, patch, val_per_class)
         return few(whole, int(scarce[2]), int(scarce[3] or 0))
@@ -274,14 +271,6 @@ def _captioned(images: str, tasks: str, vocab_size: int, patch: int, val_per_cla
     return caption(make_tasks(images, tasks, vocab_size - len(LETTERS), patch, val_per_class))
 
 
-def _captioned_fashion(*about) -> TaskData:
-    return _captioned("fashion", *about)
-
-
-def _captioned_digits(*about) -> TaskData:
-    return _captioned("digits", *about)
-
-
 @cache
 def _seen(dataset: str, patch: int, val_per_class: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Each split's images (n, H, W, C), of training 15,000 at most, and what a frozen encoder sees in them (n, K)."""
@@ -314,20 +303,12 @@ def _featured(dataset: str, tasks: str, vocab_size: int, patch: int, val_per_cla
     return TaskData(f"featured {images.name}/{tasks}", names, tokens, codebook, images.licence)
 
 
-def _featured_fashion(*about) -> TaskData:
-    return _featured("fashion", *about)
-
-
-def _featured_digits(*about) -> TaskData:
-    return _featured("digits", *about)
-
-
 # data sets with tasks of their own; a run's key follows the one it names
 MAKERS: dict[str, Callable[..., TaskData]] = {
     "glyphs": _glyphs,
     "text": _text,
-    "captioned_fashion": _captioned_fashion,
-    "captioned_digits": _captioned_digits,
-    "featured_fashion": _featured_fashion,
-    "featured_digits": _featured_digits,
+    "captioned_fashion": lambda *about: _captioned("fashion", *about),
+    "captioned_digits": lambda *about: _captioned("digits", *about),
+    "featured_fashion": lambda *about: _featured("fashion", *about),
+    "featured_digits": lambda *about: _featured("digits", *about),
 }
