@@ -242,11 +242,3 @@ def test_every_table_is_shown(path):
             if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)
         ]
         assert "report.table" not in calls, cell.source
-
-
-def test_an_unknown_parameter_or_profile_is_named():
-    path = NOTEBOOKS / "00_quickstart.ipynb"
-    with pytest.raises(Exception, match="unknown parameter colour; allowed: profile, task, d_s, steps"):
-        reporting.check_parameters(path, {"colour": 1})
-    with pytest.raises(Exception, match="unknown profile 'huge'; allowed: smoke, laptop, gpu"):
-        reporting.reproduce("huge")

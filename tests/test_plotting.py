@@ -49,14 +49,6 @@ def test_arms_of_one_family_differ():
     assert len(pairs) == len(controls) > 6
 
 
-def test_t_interval_against_hand_computation():
-    # mean 2, s = 1, n = 3: half = 4.30265 / sqrt(3)
-    mean, low, high = plotting.t_interval([1.0, 2.0, 3.0])
-    assert mean == pytest.approx(2.0)
-    assert (low, high) == (pytest.approx(2 - 2.48414, abs=1e-4), pytest.approx(2 + 2.48414, abs=1e-4))
-    assert np.isnan(plotting.t_interval([1.0])[1])
-
-
 def test_loss_against_size_draws_means_and_every_seed():
     fig = plotting.loss_against_size(LOSSES, source=1.5)
     (ax,) = fig.axes

@@ -389,13 +389,6 @@ def test_unknown_names_are_errors_that_list_the_allowed(project):
     assert not (project / "reports").exists()
 
 
-def test_command_line_tells_a_mistake_in_one_line(project, monkeypatch, capsys):
-    write_notebook(project, "00_a")
-    monkeypatch.setattr("sys.argv", ["projectable", "reproduce", "--profile", "huge"])
-    with pytest.raises(SystemExit, match="^error: unknown profile 'huge'; allowed: smoke, laptop, gpu$"):
-        __main__.main()
-
-
 def test_parameters_on_the_command_line_are_python_where_they_can_be():
     found = [pages.literal(words) for words in ("3", "0.5", "(1, 2)", "True", "'3'", "/data/pets", "a b", "")]
     assert found == [3, 0.5, (1, 2), True, "3", "/data/pets", "a b", ""]
@@ -420,15 +413,6 @@ def test_a_claim_is_shown_by_its_own_figure(tmp_path):
     shown = [base64.b64decode(found) for found in re.findall(r'class="thumb">.*?base64,([^"]+)', table)]
     pixels = [Image.open(io.BytesIO(found)).convert("RGB").getpixel((4, 4)) for found in shown]
     assert pixels == [(255, 0, 0), (0, 0, 255), (0, 128, 0)], "not twice where the row before has it"
-
-
-@pytest.mark.parametrize("count", [0, 2])
-def test_exactly_one_cell_is_tagged_parameters(project, count):
-    cells = [new_code_cell("a = 1", metadata={"tags": ["parameters"]}) for _ in range(count)]
-    path = project / "00_x.ipynb"
-    nbformat.write(new_notebook(cells=cells), path)
-    with pytest.raises(ReportError, match=f"exactly one cell tagged `parameters`, has {count}"):
-        reporting.check_parameters(path, {})
 
 
 def test_claims_merge_in_order_and_a_rerun_replaces(project):
