@@ -33,9 +33,7 @@ profile_option = click.option(
 
 
 executor_option = click.option(
-    "--executor",
-    type=click.Choice(["local", "slurm"]),
-    help="Train as jobs of submitit, on this machine or on Slurm.",
+    "--executor", type=click.Choice(["local", "slurm"]), help="Train as jobs of submitit, on this machine or on Slurm."
 )
 
 

@@ -126,10 +126,7 @@ DIRECT = {
     )
 }
 DIRECT["specialists_distilled"] = Arm(
-    "specialists from scratch, distilled from the source",
-    "distilled_specialists",
-    start="source_control",
-    max_seeds=3,
+    "specialists from scratch, distilled from the source", "distilled_specialists", start="source_control", max_seeds=3
 )
 # those from scratch, the shortest first
 FROM_SCRATCH = (*(name for name in DIRECT if name.startswith("specialists_a_")), "specialists", "specialists_matched")
@@ -144,11 +141,7 @@ DIRECT |= {
         "cut from a source of half the steps, tuned for the other half", "cut", "half", "source_half", **_CUT
     ),
     "cut_matched": Arm(
-        "cut from the fully trained source, tuned, the projections' compute",
-        "cut",
-        "matched",
-        "source_control",
-        **_CUT,
+        "cut from the fully trained source, tuned, the projections' compute", "cut", "matched", "source_control", **_CUT
     ),
 }
 DIRECT |= {

@@ -16,16 +16,7 @@ from torch import Tensor, nn
 
 from .conditioning import LearnedID, SupportSet
 from .generators import make_generator
-from .transformer import (
-    PLAIN_AXES,
-    Shape,
-    Weights,
-    draw_places,
-    forward,
-    initial_weights,
-    masked_losses,
-    task_losses,
-)
+from .transformer import PLAIN_AXES, Shape, Weights, draw_places, forward, initial_weights, masked_losses, task_losses
 
 CONDITIONINGS = ("none", "token", "additive", "film", "adaln")
 

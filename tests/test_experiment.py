@@ -288,9 +288,7 @@ def test_a_function_in_a_registry_counts_whatever_its_form(monkeypatch):
         monkeypatch.setitem(experiment.TELL, name, tell)
         return folder_of(tiny_projectable(options={"conditioning": "SupportSet"}))
 
-    entry = {
-        "support": lambda data: data.first("train", 8),
-    }
+    entry = {"support": lambda data: data.first("train", 8)}
     other = lambda data: data.first("train", 4)  # noqa: E731
     found = [key("support", experiment.TELL["support"]), key("support", entry["support"]), key("support", other)]
     assert len(set(found)) == 3 and key("names", other) == found[-1]
@@ -420,11 +418,7 @@ def test_two_processes_that_want_the_same_run_train_it_once(universal, other_run
     assert mine.folder.parent == other_runs and mine.history == universal.history
 
 
-GOOD = {
-    "universal": tiny(),
-    "projectable": tiny_projectable(),
-    "specialists": tiny(model="specialists", lr=(3e-3,)),
-}
+GOOD = {"universal": tiny(), "projectable": tiny_projectable(), "specialists": tiny(model="specialists", lr=(3e-3,))}
 BAD = tiny(options=(("conditioning", "telepathy"),))
 
 

@@ -418,16 +418,7 @@ def test_a_claim_is_shown_by_its_own_figure(tmp_path):
 def test_claims_merge_in_order_and_a_rerun_replaces(project):
     def claim(report, id, verdict="inconclusive", value=1.0):
         report.claim(
-            id,
-            id,
-            statistic="s",
-            value=value,
-            ci_low=None,
-            ci_high=None,
-            seeds=5,
-            tasks=3,
-            verdict=verdict,
-            commit="c",
+            id, id, statistic="s", value=value, ci_low=None, ci_high=None, seeds=5, tasks=3, verdict=verdict, commit="c"
         )
 
     second, first = Report("01_b", "laptop"), Report("00_a", "laptop")

@@ -242,9 +242,7 @@ def killed(config, while_saving: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arm, while_saving",
-    [("tiny", False), ("tiny_projectable", True)],
-    ids=["in a step", "while saving a checkpoint"],
+    "arm, while_saving", [("tiny", False), ("tiny_projectable", True)], ids=["in a step", "while saving a checkpoint"]
 )
 def test_a_run_that_is_killed_goes_on_and_ends_bitwise_the_same(digits, source, other_runs, arm, while_saving):
     config = {"tiny": tiny, "tiny_projectable": tiny_projectable}[arm]()

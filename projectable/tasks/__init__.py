@@ -202,11 +202,7 @@ def few(data: TaskData, n: int, seed: int = 0) -> TaskData:
 
 
 def make_tasks(
-    dataset: str,
-    tasks: str = "classes",
-    vocab_size: int = 256,
-    patch: int = 4,
-    val_per_class: int = 600,
+    dataset: str, tasks: str = "classes", vocab_size: int = 256, patch: int = 4, val_per_class: int = 600
 ) -> TaskData:
     """Tasks of an image set: `classes`, or `clustersK` (e.g. clusters64). The codebook sees training images only.
 

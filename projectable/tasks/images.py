@@ -33,18 +33,7 @@ FASHION_FILES = {  # SHA-256 of the unzipped files: the archives differ from pla
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-FASHION_NAMES = (
-    "T-shirt",
-    "trousers",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
+FASHION_NAMES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 BESIDE = Path(__file__).parents[2] / "data"
 HELP = (
     "To get it: be online once (torchvision's download, or Debian's package dataset-fashion-mnist); "
@@ -180,11 +169,7 @@ def _download_with_apt(root: Path) -> None:
         raise DataError("no apt-get and dpkg on this machine")
     with tempfile.TemporaryDirectory() as tmp:
         subprocess.run(
-            ["apt-get", "download", "dataset-fashion-mnist"],
-            cwd=tmp,
-            check=True,
-            capture_output=True,
-            timeout=300,
+            ["apt-get", "download", "dataset-fashion-mnist"], cwd=tmp, check=True, capture_output=True, timeout=300
         )
         package = next(Path(tmp).glob("*.deb"))
         subprocess.run(["dpkg", "-x", str(package), tmp], check=True, capture_output=True)
