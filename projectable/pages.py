@@ -11,12 +11,16 @@ import base64
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 TEMPLATES = Path(__file__).parent / "page"
 VERDICTS = {"reproduced": "✓", "inconclusive": "?", "not reproduced": "✗"}
+LEGEND = (
+    "✓ reproduced: the 95 % interval over seeds lies on the claim's side of its bound (zero, where none is named); "
+    "✗ not reproduced: on the other side; ? inconclusive: it holds the bound."
+)
 
 
 # ------------------------------------------------------------------------------------------------- a notebook as a file
@@ -135,11 +139,22 @@ def number(value) -> str:
     return re.sub(r"^-(?=[\d∞])|(?<=e)-", "−", text)
 
 
+def numbers(values: Sequence[float]) -> Callable[[float], str]:
+    """`number` for a column: all with as many decimals, four where the largest is below 10, fewer above."""
+    sizes = [abs(float(value)) for value in values if math.isfinite(value)]
+    top, whole = max(sizes, default=0.0), all(map(float.is_integer, sizes))
+    if top < 1e-2 or top >= 1e6 and not (whole and top < 1e9):
+        return number
+    decimals = 0 if whole or top >= 1000 else 1 if top >= 100 else 2 if top >= 10 else 4
+    form = f",.{decimals}f" if top >= 1e4 or not whole else ".0f"
+    return lambda value: f"{value:{form}}".replace("-", "−") if math.isfinite(value) else number(value)
+
+
 def short(value: float | None) -> str:
-    """A value in three digits or three decimals, more where it would read as 0: for where no interval fits in."""
+    """A value in three digits or three decimals, one digit where it would read as 0: for where no interval fits in."""
     if value is None or not 0 < abs(value) < 10:
         return number(value if value is None else float(f"{value:.3g}"))
-    decimals = 3 if abs(value) >= 5e-4 else 1 - math.floor(math.log10(abs(value)))
+    decimals = 3 if abs(value) >= 5e-4 else -math.floor(math.log10(abs(value)))
     return f"{value:.{decimals}f}".replace("-", "−")
 
 
@@ -198,7 +213,7 @@ def _encoded(png: Path, width: int | None, changed: int) -> str:
         image = Image.open(png).convert("RGB")
         image.thumbnail((width, 2 * width))
         buffer = io.BytesIO()
-        image.save(buffer, "PNG", optimize=True)
+        image.quantize(64).save(buffer, "PNG", optimize=True)  # colours: as small, it looks the same
         data = buffer.getvalue()
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
@@ -216,10 +231,8 @@ def mathml(latex: str, display: str) -> str:
         return f"<code>{escape(latex)}</code>"
 
 
-def _exporter():
-    """nbconvert's HTML exporter with this folder as its template and MathML in place of MathJax."""
-    from jinja2 import pass_context
-    from nbconvert import HTMLExporter
+def _markdown():
+    """What makes HTML of Markdown: a renderer with MathML in place of MathJax, and the parser that takes it."""
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
     class Renderer(IPythonRenderer):
@@ -244,18 +257,36 @@ def _exporter():
         def block_html(self, html):
             return super().block_html(html) if "<img" in html else html
 
+    return Renderer, MarkdownWithMath
+
+
+def words_html(title: str, markdown: str, folder: Path) -> str:
+    """A document of Markdown as a page; `folder` is where its pictures are looked up. Its first heading is left out."""
+    renderer, parser = _markdown()
+    body = parser(renderer=renderer(escape=False, embed_images=True, exclude_anchor_links=True, path=str(folder)))
+    _, _, rest = markdown.lstrip().partition("\n")
+    return _template("words.html.j2").render(title=title, css=_css(), body=body.render(rest))
+
+
+def _exporter():
+    """nbconvert's HTML exporter with this folder as its template and MathML in place of MathJax."""
+    from jinja2 import pass_context
+    from nbconvert import HTMLExporter
+
+    renderer_class, parser = _markdown()
+
     class PageExporter(HTMLExporter):
         @pass_context
         def markdown2html(self, context, source):
             cell, meta = context.get("cell", {}), context.get("resources", {}).get("metadata", {})
-            renderer = Renderer(
+            renderer = renderer_class(
                 escape=False,
                 embed_images=True,
                 exclude_anchor_links=True,
                 path=meta.get("path", ""),
                 attachments=cell.get("attachments", {}),
             )
-            return MarkdownWithMath(renderer=renderer).render(source)
+            return parser(renderer=renderer).render(source)
 
     return PageExporter(
         template_name=TEMPLATES.name,
@@ -263,6 +294,12 @@ def _exporter():
         exclude_input_prompt=True,
         exclude_output_prompt=True,
     )
+
+
+def trained_by(claims: Sequence[dict]) -> str:
+    """`trained by commits a, b`: whose code made the runs behind these claims."""
+    commits = sorted({commit for claim in claims for commit in claim["commit"].split(", ")})
+    return f"trained by commit{'s'[: len(commits) > 1]} {', '.join(commits)}" if commits else ""
 
 
 def _css() -> str:
@@ -295,6 +332,19 @@ def tables(html: str, fold: int = 40) -> str:
     return f"<details><summary>{words}</summary>{html}</details>" if long else html
 
 
+def folded(markdown: str) -> str:
+    """Markdown whose parts that begin with **Rules** or **Earlier runs**, up to what is bold next, can be unfolded.
+
+    They stand before what was found, as rules must; a reader of the page wants that first.
+    """
+    parts = re.split(r"^(?=\*\*|#)", markdown, flags=re.MULTILINE)
+    for i, part in enumerate(parts):
+        if found := re.match(r"\*\*((?:Rule|Earlier run)s?)\b", part):
+            words = "Rules of the verdicts" if found[1].startswith("Rule") else "Earlier runs"
+            parts[i] = f"<details><summary>{words}</summary>\n\n{part.rstrip()}\n\n</details>\n\n"
+    return "".join(parts)
+
+
 def _together(cells: list) -> list:
     """Cells of a notebook; code that shows nothing goes together with the code after it, to be folded away once."""
     result: list = []
@@ -315,7 +365,8 @@ def _tidy(nb):
     nb.metadata.pop("widgets", None)
     nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     for cell in nb.cells:
-        cell.source = re.sub(r"(\d) %", "\\1\u00a0%", cell.source) if cell.cell_type == "markdown" else cell.source
+        if cell.cell_type == "markdown":
+            cell.source = folded(re.sub(r"(\d) %", "\\1\u00a0%", cell.source))
     for cell in nb.cells:
         if cell.cell_type == "markdown" and cell.source.lstrip().startswith("# "):
             cell.source = cell.source.lstrip().partition("\n")[2]  # the page's header shows it
@@ -362,8 +413,9 @@ def notebook_html(
         trained(status.get("trained"), status.get("before")),
         f"profile {status['profile']}",
         status["device"],
-        f"commit {status['commit']}",
+        f"rendered by commit {status['commit']}",
         when(status["finished"]),
+        trained_by(claims),
     ]
     page = {
         "css": _css(),
@@ -371,6 +423,7 @@ def notebook_html(
         "facts": [f for f in facts if f],
         "found": claims_html([("", claims)], brief=True) if claims else "",
         "counted": counted(claims),
+        "legend": LEGEND,
         "previous": previous,
         "next": next,
     }
@@ -383,7 +436,8 @@ def notebook_html(
 PAPERS = re.compile(r"headline\.(d\d+|widens\..+)|source\.kept|transfer\.(glyphs|classes)\..+|generators\.sizes\..+")
 
 
-FIGURES = {  # start of a claim's id: its figure, the first that is there; of others the first one of their notebook
+# start of a claim's id: its figure, empty for none; of others the first one of their notebook
+FIGURES = {
     r"headline\.d\d": "headline",
     r"headline\.widens": "gap",
     r"headline\.hypernetwork": "headline",
@@ -405,12 +459,67 @@ FIGURES = {  # start of a claim's id: its figure, the first that is there; of ot
     r"source\.depth": "source_depth",
     r"source\.masked": "source_masked",
     r"source\.mixture": "source_mixture",
+    r"cost\.generation": "",
+    r"cost\.(hypernetwork|one_width)": "compute",
+    r"longer\.kept": "",
+    r"source\.kept_whole": "",
+    r"generators\.source": "",
+    r"conditioning\.(wrong|support)": "",
+    r"stability\.spread": "",
     r"multimodal\.caption": "captions",
     r"multimodal": "captions_loss",
     r"brings\.again": "brings_again",
     r"longer\.(hypernetwork|specialists|source)": "longer",
     r"longer\.(universal|widens|gap)": "longer_gap",
 }
+
+
+IN_SHORT = {  # the index's first table: questions under headings, each the id of claims at several widths
+    "Projected models against others of their size, equal examples": {
+        "headline": "the best universal model",
+        "headline.specialists": "specialists, tuned from that",
+        "direct.examples": "specialists from scratch",
+        "headline.hypernetwork": "a hypernetwork, no source behind it",
+    },
+    "… that train on for the compute of source and projections": {
+        "headline.matched": "the best universal model",
+        "direct.compute": "specialists from scratch",
+        "cost.hypernetwork": "a hypernetwork",
+    },
+    "… elsewhere": {
+        "longer.universal": "the best universal model, four times the steps",
+        "scarce.glyphs.n25": "the best rival on letters of unseen scripts, 25 images each",
+        "scarce.classes.n25": "the best rival on unseen classes, 25 images each",
+        "text": "the best universal model on text",
+    },
+    "What explains it": {
+        "explained.maps": "maps that depend on the task",
+        "explained.source": "a source that was trained, against a random one that is trained along",
+    },
+}
+SETTINGS = {
+    "laptop": "Fashion-MNIST, its ten classes as tasks, an image as 49 tokens out of 128; a source of width 64 with 2 "
+    "layers; small models of width 8, 16 and 32; 5 seeds where nothing else is said.",
+    "gpu": "Fashion-MNIST, its ten classes as tasks, an image as 49 tokens out of 256; a source of width 128 with 3 "
+    "layers; small models of width 8, 16, 32 and 64; 3 seeds.",
+}
+KINDS = {"claims_another_run.csv": "the comparison run", "claims_third_run.csv": "a third run, on other machines"}
+
+
+def in_short(claims: Sequence[dict]) -> tuple[list[int], list[tuple[str, list[tuple[str, list[dict | None]]]]]]:
+    """The first table of the index: widths, and under each heading (words, the claim at each width or None).
+
+    Of `IN_SHORT` what there are claims of.
+    """
+    found = {claim["id"]: claim for claim in claims}
+    ids = [id for asked in IN_SHORT.values() for id in asked]
+    widths = sorted({int(m[2]) for id in found if (m := re.fullmatch(r"(.+)\.d(\d+)", id)) and m[1] in ids})
+    groups = []
+    for heading, asked in IN_SHORT.items():
+        rows = [(words, [found.get(f"{id}.d{width}") for width in widths]) for id, words in asked.items()]
+        if rows := [(words, row) for words, row in rows if any(row)]:
+            groups.append((heading, rows))
+    return widths, groups
 
 
 def claim_groups(claims: list[dict]) -> list[tuple[str, list[dict]]]:
@@ -424,18 +533,24 @@ def claim_groups(claims: list[dict]) -> list[tuple[str, list[dict]]]:
     return [(heading, group) for heading, group in groups if group]
 
 
-def claim_families(claims: Sequence[dict]) -> list[tuple[str, str, list[tuple[str, dict]]]]:
-    """Claims that differ in width and number of images only, together: words, statistic, (“width 8”, claim) of each."""
+Family = tuple[str, str, list[tuple[str, dict]]]  # words, statistic, (“width 8”, claim) of each
+
+
+def claim_families(claims: Sequence[dict], whole: bool = False) -> list[Family]:
+    """Claims that differ in width and number of images only, together.
+
+    Apart where their statistics differ, as the arms do that were chosen; `whole`: together, without a statistic then.
+    """
     ending = re.compile(r"(?:\.n(\d+))?(?:\.(?:d(\d+)|(\d+_\d+)))?$")  # of an id: .n5.d8, .8_16
     families: dict[tuple[str, str], list[dict]] = {}
     for claim in claims:  # of one question and one statistic
-        key = ending.sub("", claim["id"]), re.sub(r" at \d+", "", claim["statistic"])
+        key = ending.sub("", claim["id"]), re.sub(r" at \d+", "", claim["statistic"]) * (not whole)
         families.setdefault(key, []).append(claim)
     result = []
-    for (_, statistic), members in families.items():
+    for members in families.values():
         words, names = members[0]["claim"], [""] * len(members)
-        if len(members) == 1:
-            statistic = members[0]["statistic"]
+        said = {re.sub(r" at \d+", "", member["statistic"]) for member in members}
+        statistic = members[0]["statistic"] if len(members) == 1 else said.pop() if len(said) == 1 else ""
         images, *widths = zip(*(ending.findall(claim["id"])[0] for claim in members), strict=True)
         if len(set(images)) > 1:
             names = [f"{n} images, " for n in images]
@@ -449,6 +564,26 @@ def claim_families(claims: Sequence[dict]) -> list[tuple[str, str, list[tuple[st
     return result
 
 
+def in_brief(claims: Sequence[dict]) -> list[tuple[list[str], list[tuple[str, str, list[dict | None]]]]]:
+    """Claims as tables: the names of columns, and rows of words, unit and the claim of each column or None.
+
+    A table for those that differ in the same: in widths, in widths and images, or in nothing. The unit is empty where
+    it is nats per token.
+    """
+    tables: list[tuple[str, list[str], list]] = []  # of one kind: what columns are called, numbers apart
+    for words, statistic, found in claim_families(claims, whole=True):
+        kind = re.sub(r"\d+", "", found[0][0])
+        if not tables or tables[-1][0] != kind:
+            tables.append((kind, [], []))
+        tables[-1][1].extend(name for name, _ in found if name not in tables[-1][1])
+        tables[-1][2].append((words, "" if "nats per token" in statistic else statistic, dict(found)))
+    result = []
+    for _, columns, rows in tables:
+        columns.sort(key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+        result.append((columns, [(words, unit, [found.get(name) for name in columns]) for words, unit, found in rows]))
+    return result
+
+
 def counted(claims: Sequence[dict]) -> str:
     """`✓ 13 reproduced, ? 7 inconclusive`."""
     verdicts = [claim["verdict"] for claim in claims]
@@ -457,10 +592,12 @@ def counted(claims: Sequence[dict]) -> str:
 
 
 def claims_html(
-    groups: Sequence[tuple[str, Sequence[dict]]], thumbs: dict[str, str | None] | None = None, brief: bool = False
+    groups: Sequence[tuple[str, Sequence[dict]]],
+    thumbs: dict[str, tuple[str, str | None] | None] | None = None,
+    brief: bool = False,
 ) -> str:
-    """Claims by group as a table, a row for those alike but for width and images; with `thumbs`, by claim, as the index
-    has it; `brief`: the first group's verdicts and values only.
+    """Claims by group as a table, a row for those alike but for width and images; with `thumbs`, address and picture by
+    claim, as the index has it; `brief`: the first group's verdicts and values only.
     """
     return _template("found.html.j2").render(groups=groups, thumbs=thumbs, brief=brief, marks=VERDICTS)
 
@@ -473,7 +610,7 @@ def _template(name: str):
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     environment.filters.update(interval=interval, duration=duration, trained=trained, when=when)
     environment.filters.update(families=claim_families, counted=counted, slug=lambda words: words.replace(" ", "-"))
-    environment.filters["short"] = short
+    environment.filters.update(in_brief=in_brief, short=short, kind=lambda file: KINDS.get(file, "another run"))
     return environment.get_template(name)
 
 
@@ -485,24 +622,34 @@ def index_html(
     speed: list[dict],
     others: Sequence[dict] = (),
     profiles: Sequence[tuple[str, str]] = (),
+    findings: bool = False,
 ) -> str:
     """The index: headline figure, a row for claims alike but for width or images, a notebook, a benchmark (`speed`).
 
     `others`: the claims beside those of other runs (`reporting.another_run`); `profiles`: words and address of the
-    index of other profiles.
+    index of other profiles; `findings`: whether the page that `words_html` makes is there.
     """
     first = {status["notebook"]: status["figure"] for status in notebooks}
-    thumbs = {}
+    thumbs: dict[str, tuple[str, str | None] | None] = {}
     for claim in claims:
         fits = [name for start, name in FIGURES.items() if re.match(start, claim["id"])]
-        shown = [figures / f"{name}.png" for name in [*fits, first.get(claim["notebook"], "")]]
-        thumbs[claim["id"]] = next((data_uri(path, 288) for path in shown if path.exists()), None)
+        names = [] if "" in fits else [*fits, first.get(claim["notebook"], "")]
+        path = next((path for name in names if (path := figures / f"{name}.png").exists()), None)
+        thumbs[claim["id"]] = (f"figures/{path.name}", data_uri(path, 288)) if path else None
     groups = claim_groups(claims)
     refuted = [claim for claim in claims if claim["verdict"] == "not reproduced"]
+    widths, short_groups = in_short(claims)
     return _template("claims.html.j2").render(
         title="Projectable models",
         css=_css(),
         profile=profile,
+        setting=SETTINGS.get(profile, ""),
+        legend=LEGEND,
+        marks=VERDICTS,
+        findings=findings,
+        widths=widths,
+        in_short=short_groups,
+        kept=[claim for claim in claims if claim["id"] == "source.kept"],
         headline=data_uri(figures / "headline.png"),
         claims=claims_html(groups, thumbs) if claims else "",
         groups=groups,

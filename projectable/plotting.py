@@ -30,10 +30,10 @@ FAMILIES = {
     "universal": "#D55E00",  # vermilion
     "specialist": "#009E73",  # green
     "source": "#000000",
-    "mixture": "#56B4E9",  # sky
+    "hypernetwork": "#56B4E9",  # sky
     "slice": "#E69F00",  # orange: the source cut down without learning to project
     "cut": "#E69F00",
-    "hypernetwork": "#56B4E9",  # it is never beside a mixture
+    "mixture": "#E69F00",  # it is never beside these
     "static": "#CC79A7",  # purple: the controls
     "control": "#CC79A7",
     "random": "#CC79A7",
@@ -58,16 +58,11 @@ STYLE: dict = {
     "axes.edgecolor": "#5C6675",
     "legend.frameon": False,
     "legend.fontsize": 10,
-    "legend.handlelength": 3.2,
+    "legend.handlelength": 4.4,  # a dash pattern shows on both sides of the marker
     "lines.linewidth": 1.8,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
-
-
-def style():
-    """The look as a context (`with style(): …`) or as a decorator of a function that draws."""
-    return rc_context(STYLE)
 
 
 def family(arm: str) -> str | None:
@@ -126,7 +121,6 @@ def _size_axis(ax, sizes) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     ax.set_xlim(min(sizes) / 1.25, max(sizes) * 1.25)
-    ax.set_xlabel(SIZE)
 
 
 def _legend(fig: Figure, axes) -> None:
@@ -135,7 +129,7 @@ def _legend(fig: Figure, axes) -> None:
     if len(axes) == 1 and 0 < len(entries) < 3:  # more would lie on bars, which `best` does not look at
         axes[0].legend()
     elif entries:
-        columns = 3 if max(map(len, entries)) < 30 else 2
+        columns = next(n for n, letters in ((3, 29), (2, 48), (1, 200)) if max(map(len, entries)) <= letters)
         width, height = fig.get_size_inches()
         fig.set_size_inches(width, height + 0.25 * max(0, -(-len(entries) // columns) - 2))
         fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), columns))
@@ -176,13 +170,11 @@ def _lines_over_size(df: pd.DataFrame, group: str, value: str, ylabel: str, summ
     return fig, ax
 
 
-@style()
-def loss_against_size(
-    df: pd.DataFrame, source: float | None = None, ylabel: str = LOSS, xlabel: str | None = None
-) -> Figure:
+@rc_context(STYLE)
+def loss_against_size(df: pd.DataFrame, source: float | None = None, ylabel: str = LOSS, xlabel: str = SIZE) -> Figure:
     """Loss of each arm against size. `df`: arm, d_s, seed, loss. `source`: the large model's loss, a line."""
     fig, ax = _lines_over_size(df, "arm", "loss", ylabel, None)
-    ax.set_xlabel(xlabel or SIZE)
+    ax.set_xlabel(xlabel)
     if source is not None:
         ax.axhline(source, color=FAMILIES["source"], lw=1.2, ls=(0, (6, 3)), label="source (large)")
         low, high = ax.get_ylim()
@@ -191,54 +183,48 @@ def loss_against_size(
     return fig
 
 
-@style()
+@rc_context(STYLE)
 def gap_against_size(
     df: pd.DataFrame,
     summary: pd.DataFrame | None = None,
     ylabel: str = "gap (nats per token)",
-    xlabel: str | None = None,
+    xlabel: str = SIZE,
 ) -> Figure:
     """Paired gaps against size. `df`: comparison, d_s, seed, gap. `summary`, instead of t intervals:
     comparison, d_s, mean, ci_low, ci_high.
     """
     fig, ax = _lines_over_size(df, "comparison", "gap", ylabel, summary)
-    ax.set_xlabel(xlabel or SIZE)
+    ax.set_xlabel(xlabel)
     ax.axhline(0, color="#1D2430", lw=1)
-    _legend(fig, [ax])
+    if df["comparison"].nunique() > 1:  # of one the axis says what it is
+        _legend(fig, [ax])
     return fig
 
 
-@style()
+@rc_context(STYLE)
 def learning_curves(
     df: pd.DataFrame, ylabel: str = "loss (nats per token)", xlabel: str = "step", ticks: Sequence[float] | None = None
 ) -> Figure:
-    """Loss while training, mean over seeds. `df`: step, loss, any of arm, d_s (panels), split (dashes), seed (points).
+    """Loss while training, mean over seeds. `df`: arm, step, loss, any of d_s (panels), seed (points).
 
-    With `ticks` steps are on a log axis, which has these; 0 may be among them.
+    With `ticks` steps are on a log axis, which has these; 0 may be among them. Means are marked then: steps are few.
     """
     sizes = sorted(df["d_s"].unique()) if "d_s" in df else [None]
     fig, axes = _panels(len(sizes))
-    arms = list(dict.fromkeys(df["arm"])) if "arm" in df else [None]
-    styles, splits = looks(map(str, arms)), list(dict.fromkeys(df["split"])) if "split" in df else [None]
     for ax, size in zip(axes, sizes, strict=True):
-        for arm in arms:
-            for place, split in enumerate(splits):
-                keep = np.ones(len(df), dtype=bool)
-                for column, wanted in (("d_s", size), ("arm", arm), ("split", split)):
-                    keep &= True if wanted is None else (df[column] == wanted).to_numpy()
-                mean = df[keep].groupby("step")["loss"].mean()
-                words = [label_of(word) for word in (arm, split) if word is not None]
-                look = styles[str(arm)] | {"marker": None}
-                if len(splits) > 1:
-                    look |= {"linestyle": DASHES[place % len(DASHES)], "alpha": 1.0 if place == 0 else 0.75}
-                ax.plot(mean.index, mean.to_numpy(), label=", ".join(words) or None, **look)
-                if "seed" in df:
-                    seeds = df[keep].groupby(["step", "seed"])["loss"].mean().reset_index()
-                    ax.plot(seeds["step"], seeds["loss"], "o", ms=3, alpha=0.5, color=look["color"], mec="none")
+        of_size = df if size is None else df[df["d_s"] == size]
+        for arm, look in looks(dict.fromkeys(df["arm"])).items():
+            part = of_size[of_size["arm"] == arm]
+            mean = part.groupby("step")["loss"].mean()
+            shown = look | (dict(ms=5) if ticks is not None else dict(marker=None))
+            ax.plot(mean.index, mean.to_numpy(), label=label_of(arm), **shown)
+            if "seed" in df:
+                seeds = part.groupby(["step", "seed"])["loss"].mean().reset_index()
+                ax.plot(seeds["step"], seeds["loss"], "o", ms=3, alpha=0.5, color=look["color"], mec="none")
         if ticks is not None:
             ax.set_xscale("symlog", linthresh=min(tick for tick in ticks if tick > 0))
             ax.xaxis.set_major_locator(FixedLocator(ticks))
-            ax.xaxis.set_major_formatter(lambda tick, _: f"{tick:,g}")
+            ax.xaxis.set_major_formatter(lambda tick, _: f"{tick / 1000:g}k" if tick >= 1000 else f"{tick:g}")
             ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel(xlabel)
         if size is not None:
@@ -248,7 +234,7 @@ def learning_curves(
     return fig
 
 
-@style()
+@rc_context(STYLE)
 def loss_against_operations(df: pd.DataFrame) -> Figure:
     """Loss against what a deployed model computes. `df`: arm, operations (multiply-adds an image), loss, d_s."""
     fig, (ax,) = _panels(1)
@@ -269,42 +255,45 @@ def loss_against_operations(df: pd.DataFrame) -> Figure:
     return fig
 
 
-@style()
-def loss_against_parameters(df: pd.DataFrame) -> Figure:
-    """Loss against the parameters of the generators, a panel a size: means, and seeds as small points.
+@rc_context(STYLE)
+def loss_against_cost(df: pd.DataFrame, xlabel: str, unit: float = 1.0, own: bool = False) -> Figure:
+    """Loss against what models cost, a panel a size: means, and seeds as small points. `df`: arm, d_s, cost, loss.
 
-    `df`: family, d_s, maps, loss, a row a seed.
+    The axis counts in `unit`. `own`: arms have colours that no family has.
     """
-    sizes = sorted(df["d_s"].unique())
+    sizes, arms = sorted(df["d_s"].unique()), list(dict.fromkeys(df["arm"]))
+    places = {arm: dict(color=OWN[i % len(OWN)], marker=MARKERS[i % len(MARKERS)]) for i, arm in enumerate(arms)}
+    look = places if own else {arm: {k: its[k] for k in ("color", "marker")} for arm, its in looks(arms).items()}
     fig, axes = _panels(len(sizes), sharey=False)
     for ax, size in zip(axes, sizes, strict=True):
-        for place, (name, part) in enumerate(df[df["d_s"] == size].groupby("family", sort=False)):
-            its = OWN[place % len(OWN)]
-            ax.plot(part["maps"], part["loss"], "o", ms=3, alpha=0.6, color=its)
-            look = dict(marker=MARKERS[place % len(MARKERS)], ls="", ms=8, color=its, label=label_of(name))
-            ax.plot(part["maps"].mean(), part["loss"].mean(), **look)
+        for arm, part in df[df["d_s"] == size].groupby("arm", sort=False):
+            ax.plot(part["cost"], part["loss"], "o", ms=3, alpha=0.6, color=look[arm]["color"])
+            ax.plot(part["cost"].mean(), part["loss"].mean(), ls="", ms=8, label=label_of(arm), **look[arm])
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g}")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x / unit:g}")
         ax.xaxis.set_minor_locator(NullLocator())
         ax.margins(x=0.15)
-        ax.set_xlabel("thousand parameters")
+        ax.set_xlabel(xlabel)
         ax.set_title(f"width {size}")
     axes[0].set_ylabel(LOSS)
     _legend(fig, axes)
     return fig
 
 
-@style()
+@rc_context(STYLE)
 def changes(df: pd.DataFrame, xlabel: str) -> Figure:
-    """Gaps by change, a panel a size: seeds as points, means as bars, hatched below zero. `df`: change, d_s, gap."""
+    """What changes do to a loss, a panel a size. `df`: change, d_s, gap = loss with the change − without it.
+
+    Seeds are points, means bars: full ones lower the loss, hatched ones raise it, as in `waterfall`.
+    """
     sizes, names = sorted(df["d_s"].unique()), list(dict.fromkeys(df["change"]))
     fig, axes = _panels(len(sizes), height=1.2 + 0.32 * len(names))
     for ax, size in zip(axes, sizes, strict=True):
         for place, name in enumerate(names):
             gap = df[(df["change"] == name) & (df["d_s"] == size)]["gap"]
             if len(gap):
-                ax.barh(place, gap.mean(), height=0.6, **(BETTER if gap.mean() >= 0 else WORSE))
+                ax.barh(place, gap.mean(), height=0.6, **(BETTER if gap.mean() <= 0 else WORSE))
                 ax.plot(gap, [place] * len(gap), "o", ms=4, color="#1D2430", mec="white", mew=0.6)
         ax.axvline(0, color="#1D2430", lw=1)
         ax.xaxis.set_major_locator(MaxNLocator(3))
@@ -315,7 +304,7 @@ def changes(df: pd.DataFrame, xlabel: str) -> Figure:
     return fig
 
 
-@style()
+@rc_context(STYLE)
 def sweep_curves(df: pd.DataFrame) -> Figure:
     """Validation loss against learning rate. `df`: arm, d_s, lr, val_loss. An arm's best is ringed; one
     at an edge of its sweep, which would ask for a wider one, is crossed. Trials far from every best are cut off;
@@ -343,7 +332,7 @@ def sweep_curves(df: pd.DataFrame) -> Figure:
     return fig
 
 
-@style()
+@rc_context(STYLE)
 def image_grid(images, row_labels=None, captions=None) -> Figure:
     """Images in [0, 1] as a grid. `images`: (rows, columns, height, width), channels behind if any; a label a row.
 
@@ -374,7 +363,7 @@ def image_grid(images, row_labels=None, captions=None) -> Figure:
     return fig
 
 
-@style()
+@rc_context(STYLE)
 def matrix(data, label: str = "", diagonal: bool = False, xlabel: str = "", ylabel: str = "") -> Figure:
     """A heat map with its numbers written in. `data`: a data frame (its labels are taken) or a 2-d array.
 
@@ -394,16 +383,16 @@ def matrix(data, label: str = "", diagonal: bool = False, xlabel: str = "", ylab
     return fig
 
 
-@style()
+@rc_context(STYLE)
 def waterfall(df: pd.DataFrame) -> Figure:
     """How the loss falls (or rises) from stage to stage. `df`: label, loss in the order of the stages, a row a seed,
     d_s (a panel a size). Full bars lower the mean, hatched ones raise it; the change is written beside. Seeds are
     points."""
-    sizes = sorted(df["d_s"].unique()) if "d_s" in df else [None]
+    sizes = sorted(df["d_s"].unique())
     labels = list(dict.fromkeys(df["label"]))
     fig, axes = _panels(len(sizes), height=1.2 + 0.5 * len(labels))
     for ax, size in zip(axes, sizes, strict=True):
-        part = df if size is None else df[df["d_s"] == size]
+        part = df[df["d_s"] == size]
         seeds = [part.loc[part["label"] == name, "loss"] for name in labels]
         losses = [found.mean() for found in seeds]
         for place, loss in enumerate(losses):
@@ -428,10 +417,9 @@ def waterfall(df: pd.DataFrame) -> Figure:
             )
         left, right = part["loss"].min(), part["loss"].max()
         span = right - left or 1.0
-        ax.set_xlim(left - 0.08 * span, right + 0.5 * span)
+        ax.set_xlim(left - 0.08 * span, right + 0.62 * span)
         ax.xaxis.set_major_locator(MaxNLocator(3))
-        if size is not None:
-            ax.set_title(f"width {size}")
+        ax.set_title(f"width {size}")
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()
     fig.supxlabel(LOSS, fontsize="medium")

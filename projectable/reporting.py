@@ -193,8 +193,11 @@ class Report:
 IN_WORDS = {"d_s": "width", "lr": "learning rate", "val_loss": "validation loss", "std": "deviation", "count": "seeds"}
 
 
+RATES = ("learning rate", "source rate")  # shown as they were chosen
+
+
 def _styled(df, caption):
-    """A table for people: arms and columns in words, numbers with 3 to 4 decimals, no index."""
+    """A table for people: arms and columns in words, numbers of a column with as many decimals, no index."""
     from .plotting import label_of
 
     if "arm" in df:
@@ -208,8 +211,10 @@ def _styled(df, caption):
         records = df[[value, low, high]].set_axis(["value", "ci_low", "ci_high"], axis=1).to_dict("records")
         df = df.assign(**{value: [pages.interval(record) for record in records]}).drop(columns=[low, high])
     df = df.rename(columns=lambda name: IN_WORDS.get(name, str(name).replace("_", " ")))
-    style = df.style.format(pages.number).hide(axis="index")
     numeric = [column for column in df.columns if df[column].dtype.kind in "iuf"]
+    forms = dict.fromkeys(df.columns, pages.number)
+    forms |= {c: pages.numbers(df[c].tolist()) if c not in RATES else "{:g}".format for c in numeric}
+    style = df.style.format(forms).hide(axis="index")
     style = style.set_table_styles({c: [{"selector": "", "props": "text-align: right"}] for c in numeric})
     return style.set_caption(caption) if caption else style
 
@@ -404,7 +409,11 @@ def build_index(profile: str) -> None:
         profiles.append(("The same with a larger source and more images, on a GPU", "gpu/index.html"))
     elif profile != "laptop" and (reports.parent / "index.html").exists():
         profiles.append(("The reference run, of profile laptop", "../index.html"))
-    html = pages.index_html(profile, claims, notebooks, reports / "figures", speed, others, profiles)
+    findings = reports / "findings.md"  # of the reference: words that somebody wrote about it
+    if findings.exists():
+        words = pages.words_html("What was found", findings.read_text(encoding="utf-8"), reports)
+        write_atomically(findings.with_suffix(".html"), words)
+    html = pages.index_html(profile, claims, notebooks, reports / "figures", speed, others, profiles, findings.exists())
     write_atomically(reports / "index.html", html)
 
 
