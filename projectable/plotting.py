@@ -90,11 +90,7 @@ def looks(arms) -> dict[str, dict]:
         its = own[number % len(own)] if own and len(arms) > 1 else colour(arm)
         place = number if own else places.get(its, 0)
         places[its] = place + 1
-        result[arm] = {
-            "color": its,
-            "linestyle": DASHES[place % len(DASHES)],
-            "marker": MARKERS[place % len(MARKERS)],
-        }
+        result[arm] = {"color": its, "linestyle": DASHES[place % len(DASHES)], "marker": MARKERS[place % len(MARKERS)]}
     return result
 
 
@@ -185,10 +181,7 @@ def loss_against_size(df: pd.DataFrame, source: float | None = None, ylabel: str
 
 @rc_context(STYLE)
 def gap_against_size(
-    df: pd.DataFrame,
-    summary: pd.DataFrame | None = None,
-    ylabel: str = "gap (nats per token)",
-    xlabel: str = SIZE,
+    df: pd.DataFrame, summary: pd.DataFrame | None = None, ylabel: str = "gap (nats per token)", xlabel: str = SIZE
 ) -> Figure:
     """Paired gaps against size. `df`: comparison, d_s, seed, gap. `summary`, instead of t intervals:
     comparison, d_s, mean, ci_low, ci_high.
@@ -399,12 +392,7 @@ def waterfall(df: pd.DataFrame) -> Figure:
             before = losses[place - 1] if place else loss
             change = loss - before
             ax.barh(place, change, left=before, height=0.55, **(BETTER if change <= 0 else WORSE))
-            ax.plot(
-                [loss, loss],
-                [place - 0.28, place + 1 if place + 1 < len(losses) else place + 0.28],
-                "k-",
-                lw=1,
-            )
+            ax.plot([loss, loss], [place - 0.28, place + 1 if place + 1 < len(losses) else place + 0.28], "k-", lw=1)
             ax.plot(seeds[place], [place] * len(seeds[place]), "o", ms=4, color="#1D2430", mec="white", mew=0.6)
             words = f"{change:+.3f}".replace("-", "−") if place else f"{loss:.3f}"
             ax.annotate(
