@@ -78,11 +78,18 @@ def _assigned(line: ast.stmt) -> list[str]:
 
 
 def check_parameters(path: Path, parameters: dict) -> None:
-    """An error for a parameter that the notebook does not have: papermill would only warn."""
-    assigned = [name for line in _parameter_lines(path, read_notebook(path)) for name in _assigned(line)]
-    unknown = [name for name in parameters if name not in assigned]
+    """An error for a parameter that the notebook does not have (papermill would only warn), or that is no number, or no
+    list, where the notebook's own is one.
+    """
+    lines = _parameter_lines(path, read_notebook(path))
+    own = {name: literal(line.value) for line in lines if isinstance(line, ast.Assign) for name in _assigned(line)}
+    unknown = [name for name in parameters if name not in own]
     if unknown:
-        raise ReportError(f"{path.name}: unknown parameter {', '.join(unknown)}; allowed: {', '.join(assigned)}")
+        raise ReportError(f"{path.name}: unknown parameter {', '.join(unknown)}; allowed: {', '.join(own)}")
+    for name, value in parameters.items():
+        for kinds, words in (((int, float), "a number"), ((list, tuple), "a list")):
+            if isinstance(own[name], kinds) and not isinstance(value, kinds):
+                raise ReportError(f"{path.name}: {name}={value!r}; allowed: {words}, as {own[name]!r}")
 
 
 def literal(words: str | ast.expr):
@@ -337,7 +344,7 @@ def folded(markdown: str) -> str:
 
     They stand before what was found, as rules must; a reader of the page wants that first.
     """
-    parts = re.split(r"^(?=\*\*|#)", markdown, flags=re.MULTILINE)
+    parts = re.split(r"(?<=\n\n)(?=\*\*|#)", markdown)
     for i, part in enumerate(parts):
         if found := re.match(r"\*\*((?:Rule|Earlier run)s?)\b", part):
             words = "Rules of the verdicts" if found[1].startswith("Rule") else "Earlier runs"

@@ -582,22 +582,13 @@ def _rest(usual: list[float | None], done: list[Status]) -> str:
 
 
 def _one_by_one(paths: list[Path], profile: str, parameters: dict) -> Iterator[Status]:
-    from . import kernels
-
     for place, path in enumerate(paths, 1):
         print(f"[{place:2}/{len(paths)}] {path.stem}", flush=True)
-        kernels.share()  # before anything else, which may start threads
         yield run_notebook(path, profile, parameters, [p.stem for p in paths])
 
 
 def _side_by_side(paths: list[Path], profile: str, executor: str, parameters: dict) -> Iterator[Status]:
     """As many at once as there are cores, or as the cluster lets run; as they end."""
-    from . import kernels
-
-    forks = not executor and kernels.share()  # first of all: what else is imported may start threads
-    import nbconvert  # noqa: F401  # before the processes part: each would need seconds for what one can do for all
-    import papermill  # noqa: F401
-
     from .experiment import runs_dir, workers
     from .training import Jobs
 
@@ -605,8 +596,7 @@ def _side_by_side(paths: list[Path], profile: str, executor: str, parameters: di
     if executor:
         pool = Jobs(executor, runs_dir() / "jobs", workers())
     else:
-        context = get_context("fork" if forks else "spawn")
-        pool = ProcessPoolExecutor(workers(), context, _beside_others)
+        pool = ProcessPoolExecutor(workers(), get_context("spawn"), _beside_others)
     try:
         names = [path.stem for path in paths]
         longest_first = sorted(paths, key=lambda path: -(notebook_budget(path) or 0))  # none is left to end alone

@@ -24,12 +24,11 @@ def test_colours_belong_to_families():
     assert plotting.colour("universal − projected") == plotting.colour("universal")
     assert plotting.colour("trained bank") == plotting.colour("control")
     assert plotting.colour("something else") == plotting.OTHER
-    main = [
-        plotting.colour(name) for name in ("projected", "universal", "specialist", "source", "mixture", "cut", "bank")
-    ]
+    names = ("projected", "universal", "specialist", "source", "hypernetwork without a source", "cut", "bank")
+    main = [plotting.colour(name) for name in names]
     assert len(set(main)) == len(main)
-    beside = {plotting.colour(name) for name in ("projected", "universal", "specialist", "source", "cut", "bank")}
-    assert plotting.colour("hypernetwork without a source") not in beside
+    beside = {plotting.colour(name) for name in names if name != "cut"}  # a mixture is beside some of these
+    assert plotting.colour("hard mixture of four plain models") not in beside
     words = ("source_frozen", "projected, source frozen")  # an arm's name and its words
     assert {plotting.colour(name) for name in words} == {plotting.colour("projected")}
     assert plotting.colour("cut_tuned") == plotting.colour("cut") != plotting.colour("source")
@@ -114,7 +113,7 @@ def test_learning_rates_can_be_told_apart_in_many_panels(last):
 
 
 def test_waterfall_writes_the_changes():
-    df = pd.DataFrame({"label": ["universal", "bank", "maps"], "loss": [2.0, 1.9, 1.95]})
+    df = pd.DataFrame({"label": ["universal", "bank", "maps"], "loss": [2.0, 1.9, 1.95], "d_s": 8})
     (ax,) = plotting.waterfall(df).axes
     assert [t.get_text() for t in ax.texts] == ["2.000", "−0.100", "+0.050"]
     twice = pd.concat([df, df.assign(loss=df.loss + [0.2, 0.0, 0.1])])
@@ -125,13 +124,34 @@ def test_waterfall_writes_the_changes():
     assert ax.get_xlim()[0] < 1.9 and ax.get_xlim()[1] > 2.2
 
 
-def test_generators_are_means_with_their_seeds():
-    df = pd.DataFrame({"family": ["A", "A", "B"], "d_s": 8, "maps": [1e4, 1e4, 3e4], "loss": [2.0, 2.2, 1.9]})
-    (ax,) = plotting.loss_against_parameters(df).axes
+def test_changes_that_lower_the_loss_are_full_bars_and_others_hatched():
+    df = pd.DataFrame({"change": ["better", "better", "worse"], "d_s": 8, "gap": [-0.2, -0.1, 0.1]})
+    (ax,) = plotting.changes(df, "change").axes
+    better, worse = ax.patches
+    assert better.get_width() == pytest.approx(-0.15) and worse.get_width() == pytest.approx(0.1)
+    assert not better.get_hatch() and worse.get_hatch()
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["better", "worse"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_costs_is_drawn_as_means_with_their_seeds(own):
+    df = pd.DataFrame({"arm": ["universal", "universal", "bank"], "d_s": 8, "cost": [1e4, 1e4, 3e4]})
+    (ax,) = plotting.loss_against_cost(df.assign(loss=[2.0, 2.2, 1.9]), "cost", 1e3, own).axes
     small, large = ([line for line in ax.lines if line.get_markersize() == size] for size in (3, 8))
-    assert [line.get_label() for line in large] == ["A", "B"]
+    assert [line.get_label() for line in large] == ["universal", "bank"]
     assert np.concatenate([line.get_ydata() for line in large]) == pytest.approx([2.1, 1.9])
     assert np.concatenate([line.get_ydata() for line in small]) == pytest.approx([2.0, 2.2, 1.9])
+    assert ax.xaxis.get_major_formatter()(2e4, None) == "20"
+    of_families = {plotting.colour("universal"), plotting.colour("bank")}
+    assert ({line.get_color() for line in large} == of_families) != own
+
+
+def test_a_single_gap_has_no_legend_but_two_have():
+    df = pd.DataFrame({"comparison": "a", "d_s": [8, 16] * 2, "seed": [0, 0, 1, 1], "gap": [0.1, 0.2, 0.3, 0.4]})
+    (ax,) = plotting.gap_against_size(df).axes
+    assert ax.get_legend() is None
+    (ax,) = plotting.gap_against_size(pd.concat([df, df.assign(comparison="b")])).axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
 
 
 def test_matrix_writes_its_numbers_and_labels():
@@ -161,23 +181,23 @@ def test_captions_stand_below_their_images():
     assert x == 18 + 4 and 18 <= y < 20
 
 
-@pytest.mark.parametrize("columns", [[], ["arm"], ["arm", "d_s"], ["arm", "d_s", "split"]])
+@pytest.mark.parametrize("columns", [[], ["d_s"]])
 def test_learning_curves_take_the_columns_there_are(columns):
     df = pd.DataFrame({"step": [0, 1] * 4, "loss": range(8), "seed": 0})
-    df = df.assign(arm=["a"] * 4 + ["b"] * 4, d_s=[8, 8, 16, 16] * 2, split="train")[["step", "loss", *columns]]
+    df = df.assign(arm=["a"] * 4 + ["b"] * 4, d_s=[8, 8, 16, 16] * 2)[["arm", "step", "loss", *columns]]
     fig = plotting.learning_curves(df)
     assert isinstance(fig, Figure) and len(fig.axes) == (2 if "d_s" in columns else 1)
-    assert len(fig.axes[0].lines) == (2 if "arm" in columns else 1)
+    assert len(fig.axes[0].lines) == 2
 
 
 def test_learning_curves_with_seeds_as_points_and_a_start_at_nothing():
     df = pd.DataFrame({"step": [0, 0, 10, 10, 1000, 1000], "loss": [3.0, 5, 2, 4, 1, 2], "seed": [0, 1] * 3})
-    ax = plotting.learning_curves(df, ticks=(0, 10, 1000)).axes[0]
+    ax = plotting.learning_curves(df.assign(arm="a"), ticks=(0, 10, 1000)).axes[0]
     mean, points = ax.lines
     assert list(mean.get_ydata()) == [4.0, 3.0, 1.5] and sorted(points.get_ydata()) == [1.0, 2, 2, 3, 4, 5]
     at = [ax.transData.transform((step, 0))[0] for step in (0, 10, 100, 1000)]
     assert np.allclose(at[3] - at[2], at[2] - at[1]) and at[0] < at[1]
-    assert [ax.xaxis.get_major_formatter()(tick, None) for tick in (0, 1000)] == ["0", "1,000"]
+    assert [ax.xaxis.get_major_formatter()(tick, None) for tick in (0, 1000)] == ["0", "1k"]
 
 
 def test_legends_are_in_words_where_arms_have_them():

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,12 +16,12 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 from projectable import __main__, pages, reporting
+from projectable.config import get_profile
 from projectable.reporting import Report, ReportError, Status
 
 NOTEBOOKS, REPORTS = (Path(__file__).parents[1] / name for name in ("notebooks", "reports"))
@@ -53,10 +54,8 @@ report.table("numbers", pd.DataFrame({"arm": ["a"], "loss": [1.23456]}), "Number
 """
 
 KERNEL = """
-import json, os, sys
-early = sorted({"torch", "pandas", "seaborn", "projectable"} & set(sys.modules))
-import matplotlib, torch
-facts = dict(early=early, backend=matplotlib.get_backend(), threads=torch.get_num_threads(), folder=os.getcwd())
+import json, os, torch
+facts = dict(threads=torch.get_num_threads(), folder=os.getcwd())
 with open(os.path.join(os.environ["PROJECTABLE_ROOT"], "kernel.json"), "w") as file:
     json.dump(facts, file)
 """
@@ -135,13 +134,11 @@ def test_reproduce_goes_on_after_a_failure_and_names_it(ran):
     assert not list(reports.rglob(".*")), "drafts of atomic writes were left"
 
 
-def test_kernels_have_what_takes_long_to_import_and_nothing_of_the_package(ran):
+def test_kernels_have_one_thread_and_the_folder_of_the_notebooks(ran):
     reports, _ = ran
     root = reports.parents[2]
     facts = json.loads((root / "kernel.json").read_text())
-    early = ["pandas", "seaborn", "torch"] if sys.platform == "linux" and not torch.cuda.is_available() else []
-    backend = "module://matplotlib_inline.backend_inline"
-    assert facts == dict(early=early, backend=backend, threads=1, folder=str(root / "notebooks"))
+    assert facts == dict(threads=1, folder=str(root / "notebooks"))
 
 
 def test_pages_and_index_tell_how_many_runs_their_time_holds(ran):
@@ -285,7 +282,7 @@ def test_index_shows_claims_that_differ_in_a_width_in_one_row(tmp_path):
         for s, verdict in ((8, "reproduced"), (16, "inconclusive"))
     ]
     html = pages.index_html("laptop", claims, [], tmp_path, [])
-    rows = html[html.index("<tbody>") : html.index("</tbody>")]
+    rows = html.partition('<table class="rows claims">')[2].partition("</tbody>")[0]
     assert rows.count("Small wins") == rows.count('href="04_a.html"') == 1
     assert [rows.count(f"width {s}:") for s in (8, 16)] == [1, 1]
     assert rows.index("reproduced") < rows.index("width 8:") < rows.index("inconclusive") < rows.index("width 16:")
@@ -370,8 +367,8 @@ def test_the_index_finds_every_run_that_is_kept(project):
         table.to_csv(project / f"reports/results/claims_{name}_run.csv", index=False)
     reporting.build_index("laptop")
     html = (project / "reports/index.html").read_text()
-    assert "Beside another run (claims_another_run.csv): 1 of 1 verdicts are the same" in html
-    assert "Beside another run (claims_third_run.csv): 0 of 1 verdicts are the same" in html
+    assert "Beside the comparison run: 1 of 1 verdicts are the same" in html
+    assert "Beside a third run, on other machines: 0 of 1 verdicts are the same" in html
 
 
 def test_unknown_names_are_errors_that_list_the_allowed(project):
@@ -389,6 +386,16 @@ def test_unknown_names_are_errors_that_list_the_allowed(project):
     assert not (project / "reports").exists()
 
 
+def test_parameters_are_of_the_kind_that_a_notebook_has(project):
+    path = write_notebook(project, "00_a", parameters='profile = "laptop"\nd_s = 8\nnumbers = [5, 25]\nfolder = ""')
+    pages.check_parameters(path, dict(profile="smoke", d_s=16, numbers=(1,), folder="pets"))
+    with pytest.raises(ReportError, match=r"00_a.ipynb: d_s='eight'; allowed: a number, as 8"):
+        reporting.reproduce("laptop", parameters={"d_s": "eight"})
+    with pytest.raises(ReportError, match=r"numbers=5; allowed: a list, as \[5, 25\]"):
+        reporting.reproduce("laptop", parameters={"numbers": "5"})
+    assert not (project / "reports").exists()
+
+
 def test_parameters_on_the_command_line_are_python_where_they_can_be():
     found = [pages.literal(words) for words in ("3", "0.5", "(1, 2)", "True", "'3'", "/data/pets", "a b", "")]
     assert found == [3, 0.5, (1, 2), True, "3", "/data/pets", "a b", ""]
@@ -402,7 +409,14 @@ def test_a_claim_is_shown_by_its_own_figure(tmp_path):
     common = dict(
         claim="c", statistic="s", value=0.2, ci_low=0.1, ci_high=0.3, seeds=5, commit="a", verdict="reproduced"
     )
-    ids = ("headline.d8", "headline.distilled.d8", "headline.clusters.d8", "cost.generation.d8", "other")
+    ids = (
+        "headline.d8",
+        "headline.distilled.d8",
+        "headline.clusters.d8",
+        "cost.break_even",
+        "cost.generation.d8",
+        "other",
+    )
     claims = [common | dict(id=id, claim=id, notebook="n" if id != "other" else "m") for id in ids]
     status = dict(
         notebook="n", title="", status="ok", figure="first", seconds=1.0, budget=None, page=True, trained=None
@@ -413,6 +427,8 @@ def test_a_claim_is_shown_by_its_own_figure(tmp_path):
     shown = [base64.b64decode(found) for found in re.findall(r'class="thumb">.*?base64,([^"]+)', table)]
     pixels = [Image.open(io.BytesIO(found)).convert("RGB").getpixel((4, 4)) for found in shown]
     assert pixels == [(255, 0, 0), (0, 0, 255), (0, 128, 0)], "not twice where the row before has it"
+    assert table.count("<small>as above</small>") == 1
+    assert re.findall(r'class="thumb"><a href="([^"]+)"', table) == [f"figures/{name}.png" for name in colours]
 
 
 def test_claims_merge_in_order_and_a_rerun_replaces(project):
@@ -464,9 +480,97 @@ def test_a_page_begins_with_what_was_found():
     top = html[html.index('class="outcome"') : html.index("</section>")]
     assert html.index("<h1>") < html.index(top) < html.index("<p>Why?")
     assert "? 2 inconclusive, ✗ 1 not reproduced" in top and top.count("Small &lt;wins&gt;") == 1
-    assert 'class="badge not-reproduced" title="not reproduced: −0.012 [0.100, 0.300]">✗ width 8: −0.012</span>' in top
-    assert ">? width 16: 0.200</span>" in top and ">? width 32: 12.3</span>" in top
+    assert 'class="badge not-reproduced" title="not reproduced: −0.012 [0.100, 0.300]">✗ −0.012</span>' in top
+    heads = re.findall(r"<th>([^<]*)</th>", top)
+    cells = re.findall(r'<td data-label="([^"]+)"><span[^>]*>([^<]+)</span>', top)
+    assert heads == ["", "width 8", "width 16", "width 32"]
+    assert cells == [("width 8", "✗ −0.012"), ("width 16", "? 0.200"), ("width 32", "? 12.3")]
+    assert "<small>gap</small>" in top and pages.LEGEND in top, "a unit that is not nats per token is said"
+    assert "trained by commit abc" in html
     assert 'class="outcome"' not in pages.notebook_html(nb, status, Path("."))
+
+
+def test_claims_of_one_question_share_a_row_whoever_was_chosen_for_it():
+    common = dict(verdict="inconclusive", value=0.1, ci_low=0.0, ci_high=0.2, notebook="n")
+    claims = [
+        dict(id=f"few.n{n}.d{s}", claim=f"With {n} images of it, at width {s}, ours wins", statistic=words, **common)
+        for n, words in ((100, "a − b, nats per token"), (5, "c − b, nats per token"))
+        for s in (32, 8)
+        if (n, s) != (5, 32)
+    ]
+    claims.append(dict(id="kept", claim="Kept", statistic="share", **common))
+    (columns, rows), (none, alone) = pages.in_brief(claims)
+    assert columns == ["5 images, width 8", "100 images, width 8", "100 images, width 32"]
+    ((words, unit, found),) = rows
+    assert (words, unit) == ("With few images of it, ours wins", "")
+    assert [claim["id"] for claim in found] == ["few.n5.d8", "few.n100.d8", "few.n100.d32"]
+    assert none == [""] and alone == [("Kept", "share", [claims[-1]])]
+    assert len(pages.claim_families(claims)) == 3, "with their statistics they are apart"
+
+
+def test_the_index_begins_with_a_table_of_what_was_found(tmp_path):
+    common = dict(claim="c", statistic="s", ci_low=0.1, ci_high=0.3, seeds=5, commit="a", notebook="04_x")
+    found = {"headline.d8": (0.111, "reproduced"), "headline.d32": (0.02, "inconclusive")}
+    found |= {"headline.matched.d16": (-0.05, "not reproduced"), "unasked.d64": (1.0, "reproduced")}
+    claims = [dict(id=id, value=value, verdict=verdict, **common) for id, (value, verdict) in found.items()]
+    widths, groups = pages.in_short(claims)
+    assert widths == [8, 16, 32] and len(groups) == 2
+    html = pages.index_html("laptop", claims, [], tmp_path, [])
+    table = html.partition('<table class="grid">')[2].partition("</table>")[0]
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr")[2:]]
+    shown = [[re.sub(r"<[^>]+>", "", cell) for cell in row] for row in rows if row]
+    assert shown == [["the best universal model", "✓ 0.111", "", "? 0.020"]] * 1 + [
+        ["the best universal model", "", "✗ −0.050", ""]
+    ]
+    assert 'href="04_x.html" title="reproduced: 0.111 [0.100, 0.300]"' in table
+    assert 'id="short"' not in pages.index_html("laptop", claims[-1:], [], tmp_path, [])
+
+
+def test_every_question_of_the_first_table_is_one_that_was_asked():
+    ids = {claim["id"].rpartition(".d")[0] for claim in json.loads((REPORTS / "claims.json").read_text())}
+    assert [id for asked in pages.IN_SHORT.values() for id in asked if id not in ids] == []
+
+
+@pytest.mark.parametrize("name", list(pages.SETTINGS))
+def test_the_index_tells_the_settings_of_its_profile(name):
+    p, words = get_profile(name), pages.SETTINGS[name]
+    said = [int(number) for number in re.findall(r"\b\d+", words)]
+    assert said == [49, p.data.vocab_size, p.d_source, p.n_layers, *p.sizes, len(p.seeds)]
+
+
+def test_rules_fold_away_up_to_what_is_bold_next():
+    text = "# A\n\n**Question.** Why?\n\n**Rules**, first:\n\n- a\n\n**Budget**\n\n## B\n\n**Earlier runs.** Two.\n"
+    folded = pages.folded(text)
+    assert folded.count("<details>") == 2 and folded.startswith("# A\n\n**Question.** Why?\n\n<details>")
+    assert "<summary>Rules of the verdicts</summary>\n\n**Rules**, first:\n\n- a\n\n</details>" in folded
+    assert folded.endswith("<summary>Earlier runs</summary>\n\n**Earlier runs.** Two.\n\n</details>\n\n")
+    assert "**Reproduced** where" in pages.folded("**Rules.** x\n**Reproduced** where\n").partition("</details>")[0]
+
+
+def test_a_column_of_numbers_has_as_many_decimals():
+    columns = {
+        (0.5, 0.00912): ["0.5000", "0.0091"],
+        (12.3456, 0.5): ["12.35", "0.50"],
+        (4776, 14768): ["4,776", "14,768"],
+    }
+    columns |= {(5, 17): ["5", "17"], (2e-4, -3.21e-3): ["0.0002", "−0.00321"], (1234.56, -7.0): ["1,235", "−7"]}
+    columns |= {(1.43e12, 1.0): ["1.43e+12", "1.0000"], (1.5, math.inf): ["1.5000", "∞"], (math.nan, 2.0): ["–", "2"]}
+    for values, words in columns.items():
+        form = pages.numbers(values)
+        assert [form(value) for value in values] == words
+
+
+def test_words_become_a_page_that_loads_nothing(project):
+    (project / "reports").mkdir()
+    (project / "reports/findings.md").write_text("# What was found\n\nA [page](04_x.html), $x$, 5 **bold**.\n")
+    reporting.build_index("laptop")
+    html = (project / "reports/findings.html").read_text()
+    assert 'href="04_x.html"' in html and "<math" in html and "<strong>bold</strong>" in html
+    assert html.count("What was found</h1>") == 1 and Addresses(html).loaded == []
+    claim = dict(id="c", claim="x", statistic="gap", value=0.1, ci_low=0.0, ci_high=0.2, seeds=3, notebook="00_a")
+    (project / "reports/claims.json").write_text(json.dumps([claim | dict(commit="a", verdict="inconclusive")]))
+    reporting.build_index("laptop")
+    assert 'href="findings.html"' in (project / "reports/index.html").read_text()
 
 
 def test_code_that_shows_nothing_is_folded_with_the_code_after_it():
@@ -513,7 +617,7 @@ def test_pages_lead_only_to_pages(project):
     assert "01_b" not in page.read_text() and "02_c" not in page.read_text()
     reporting.render(project / "notebooks/02_c.ipynb", dataclasses.replace(status, notebook="02_c"))
     reporting.render(project / "notebooks/00_a.ipynb", status)
-    assert "next: 02_c’s title" in page.read_text() and "01_b" not in page.read_text()
+    assert ">02 02_c’s title →</a>" in page.read_text() and "01_b" not in page.read_text()
     reporting.render(project / "notebooks/00_a.ipynb", status, ["00_a", "01_b"])
     assert '<a class="next" href="01_b.html">' in page.read_text()
 
@@ -589,8 +693,8 @@ def test_numbers_for_people():
     }
     assert {value: pages.number(value) for value in shown} == shown
     assert pages.number(float("nan")) == "–" and pages.number(True) == "yes" and pages.number(np.False_) == ""
-    shorter = {None: "–", 0.1234: "0.123", 120.0: "120", -0.00022: "−0.00022", 1.0: "1.000", 16.7: "16.7"}
-    shorter |= {-0.05: "−0.050", -0.1049: "−0.105", -2.61e-5: "−0.000026", 0.0: "0.0000", float("inf"): "∞"}
+    shorter = {None: "–", 0.1234: "0.123", 120.0: "120", -0.00022: "−0.0002", 1.0: "1.000", 16.7: "16.7"}
+    shorter |= {-0.05: "−0.050", -0.1049: "−0.105", -2.61e-5: "−0.00003", 0.0: "0.0000", float("inf"): "∞"}
     assert {value: pages.short(value) for value in shorter} == shorter
     assert [pages.duration(s) for s in (None, 8, 200, 3900)] == ["", "8 s", "3 min 20 s", "1 h 05 min"]
     claim = {"value": 3.21, "ci_low": 3.0, "ci_high": 3.4}
