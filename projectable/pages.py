@@ -420,7 +420,7 @@ def notebook_html(
         trained(status.get("trained"), status.get("before")),
         f"profile {status['profile']}",
         status["device"],
-        f"rendered by commit {status['commit']}",
+        f"run by commit {status['commit']}",
         when(status["finished"]),
         trained_by(claims),
     ]
