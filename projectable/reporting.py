@@ -25,7 +25,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -174,15 +174,14 @@ class Report:
         write_results(self.reports / "results" / "claims" / f"{self.notebook}.json", self.claims)
         merge_claims(self.profile)
 
-    def claims_table(self, *starts: str):
-        """The notebook's claims, or those whose ids start so, styled: the cell's last line shows them.
+    def claims_table(self):
+        """The notebook's claims, styled: the cell's last line shows them.
 
         Claims that differ only in width or number of images share a row.
         """
         from IPython.display import HTML
 
-        shown = [claim for claim in self.claims if claim["id"].startswith(starts or "")]
-        return HTML(pages.claims_html([("", shown)]))
+        return HTML(pages.claims_html([("", self.claims)]))
 
     def record(self, key: str, value) -> None:
         """Record a number that tests assert, in `results/<notebook>.json`."""
@@ -219,12 +218,11 @@ def _styled(df, caption):
     return style.set_caption(caption) if caption else style
 
 
-def merge_claims(profile: str) -> list[dict]:
-    """All notebooks' claims, in the order of the notebooks; also written to `claims.json`."""
+def merge_claims(profile: str) -> None:
+    """Write all notebooks' claims, in the order of the notebooks, to `claims.json`."""
     reports = reports_dir(profile)
     claims = [c for path in sorted((reports / "results" / "claims").glob("*.json")) for c in _read_json(path, [])]
     write_results(reports / "claims.json", claims)
-    return claims
 
 
 # ---------------------------------------------------------------------------------------- running notebooks
@@ -314,7 +312,7 @@ def read_status(path: Path, profile: str) -> Status:
     return Status(**(found | {name: value for name, value in _read_json(fresh.path(), {}).items() if name in found}))
 
 
-def run_notebook(path: Path, profile: str, parameters: dict | None = None, among: list[str] | None = None) -> Status:
+def run_notebook(path: Path, profile: str, parameters: dict | None = None, among: Sequence[str] = ()) -> Status:
     """Run one notebook and write its page, its status and the index; a failure is told by the status.
 
     The page leads to those before and after it, of the ones that are there or that are to come (`among`).
@@ -359,37 +357,33 @@ def _runs_since(clock: float) -> int:
     return count
 
 
-def render(path: Path, status: Status, among: list[str] | None = None) -> None:
+def render(path: Path, status: Status, among: Sequence[str] = ()) -> None:
     """Write a notebook's page from its executed copy (without one, from its source), then its status.
 
-    It leads to the pages before and after it, of those that are there or that are to come (`among`).
+    One HTML file that opens without a network. It leads to the pages before and after it, of those that are there or
+    that are to come (`among`).
     """
-    executed = executed_path(path, status.profile)
+    executed, reports = executed_path(path, status.profile), reports_dir(status.profile)
     try:
         nb = read_notebook(executed if executed.exists() else path)
     except ReportError:  # cut off while it was saved
         nb = read_notebook(path)
     outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
     status.figure = next((o.metadata["figure"] for o in outputs if "figure" in o.get("metadata", {})), "")
-    render_page(nb, reports_dir(status.profile) / f"{path.stem}.html", status, among)
-    status.write()
-
-
-def render_page(executed_nb, html_path: Path, status: Status, among: list[str] | None = None) -> None:
-    """Write an executed notebook as one HTML file that opens without a network."""
     titles = {path.stem: notebook_title(path) for path in notebook_paths()}
-    here = {status.notebook, *(among or ()), *(path.stem for path in html_path.parent.glob("*.html"))}
+    here = {status.notebook, *among, *(path.stem for path in reports.glob("*.html"))}
     names = [name for name in titles if name in here]
     at = names.index(status.notebook) if status.notebook in names else 0
     html = pages.notebook_html(
-        executed_nb,
+        nb,
         dataclasses.asdict(status),
         root() / "notebooks",
-        _read_json(reports_dir(status.profile) / "results" / "claims" / f"{status.notebook}.json", []),
+        _read_json(reports / "results" / "claims" / f"{status.notebook}.json", []),
         previous=(names[at - 1], titles[names[at - 1]]) if at > 0 else None,
         next=(names[at + 1], titles[names[at + 1]]) if at + 1 < len(names) else None,
     )
-    write_atomically(html_path, html)
+    write_atomically(reports / f"{path.stem}.html", html)
+    status.write()
 
 
 def build_index(profile: str) -> None:
@@ -453,15 +447,12 @@ def write_readme_claims() -> None:
     write_atomically(path, "\n".join([before + mark + comment, *rows, end + after]))
 
 
-Family = tuple[str, str, list[tuple[str, dict]]]  # as `pages.claim_families` gives them
-
-
-def _is_in_sight(family: Family) -> bool:
+def _is_in_sight(family: pages.Family) -> bool:
     """Of the paper's claims all are, of ours those that failed somewhere."""
     return any(pages.PAPERS.fullmatch(c["id"]) or c["verdict"] == "not reproduced" for _, c in family[2])
 
 
-def _rows(families: list[Family]) -> list[str]:
+def _rows(families: list[pages.Family]) -> list[str]:
     """A table of Markdown: a row for each family of claims; what is not `reproduced` is set off."""
     rows = ["| claim | found: verdict, value [95 % interval] |", "|---|---|"]
     for words, statistic, found in families:
@@ -533,7 +524,8 @@ def reproduce(
         raise ReportError(f"profile={given['profile']!r} among the parameters; allowed: as --profile")
     for path in paths:
         check_parameters(path, {"profile": profile} | given)
-    usual = [_usual(path, profile) for path in paths]
+    # seconds from nothing, by budgets, which are for `laptop`; else of the last time
+    usual = [notebook_budget(p) if profile == "laptop" else read_status(p, profile).seconds for p in paths]
     failed: list[str] = []
     done: list[Status] = []
     start = time.monotonic()
@@ -559,11 +551,6 @@ def reproduce(
     if failed:
         print(f"failed: {', '.join(sorted(failed))}")
     return len(failed)
-
-
-def _usual(path: Path, profile: str) -> float | None:
-    """Seconds that a notebook takes from nothing: its budget, which is for `laptop`; else what it took last time."""
-    return notebook_budget(path) if profile == "laptop" else read_status(path, profile).seconds
 
 
 def _rest(usual: list[float | None], done: list[Status]) -> str:
@@ -630,14 +617,12 @@ def _beside_others() -> None:
 
 def report(profile: str) -> int:
     """Make the pages and the index again from the executed notebooks, without running anything."""
-    count = 0
     with lock(profile):
         executed = [path for path in notebook_paths() if executed_path(path, profile).exists()]
         for path in executed:
             render(path, read_status(path, profile), [path.stem for path in executed])
-            count += 1
         merge_claims(profile)
         build_index(profile)
     if is_reference(profile):
         write_readme_claims()
-    return count
+    return len(executed)
