@@ -155,6 +155,14 @@ COST = {
         "best universal, the compute of projecting to its width alone", "universal", "alone", max_seeds=3
     ),
 }
+# of the notebook on hypernetworks: other forms of maps (orthonormal ones make no weights), and more task dimensions
+HYPERNETWORKS = {
+    f"hypernetwork_{name}": Arm(f"hypernetwork of {name} maps", "hypernetwork", options=dict(family=name))
+    for name in ("LowRank", "LowRankMLP", "Kronecker", "Mixture")
+}
+HYPERNETWORKS["hypernetwork_z16"] = Arm(
+    "hypernetwork, task vectors of 16 dimensions", "hypernetwork", options=dict(z_dim=16)
+)
 # of the notebook on what the source brings: with and without its own objective, trained before or not
 BRINGS = {
     "source_tuned": _projected("source tuned for the projections alone", source_mode="tuned"),
@@ -213,7 +221,7 @@ SUPPORTED = {
 }
 # of the notebook on the source: another rival of the same deployed size, and another family of Transformers
 MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", max_seeds=3)}
-EVERY = ARMS | DIRECT | COST | BRINGS | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS
+EVERY = ARMS | DIRECT | COST | HYPERNETWORKS | BRINGS | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS
 EVERY |= CONDITIONED | SUPPORTED | MIXTURES
 # arms of a masked study: those that make sense without an order, so no task token
 MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected", *UNIVERSALS[1:])}
