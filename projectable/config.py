@@ -12,11 +12,12 @@ import math
 import os
 import types
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import cast
+
+import numpy as np
 
 from .storage import read_json
 from .tasks.images import FOLDER
@@ -43,12 +44,92 @@ OF_OTHER_DATA = {  # whose start may be of other data
     "adapted": ("projectable", "universal", "hypernetwork", "source", "distilled", "adapted"),
 }
 NEED_START = (*STARTS, *OF_OTHER_DATA, "distilled_specialists")
+MOST_IMAGES = 10**9  # that a training may draw: their order is held in memory, 8 bytes each
 
 
 def _at_least(config, least: int, *names: str) -> None:
     for name in names:
         if getattr(config, name) < least:
             raise ValueError(f"{name}={getattr(config, name)}; allowed: {least} or more")
+
+
+# how a field holds what it is given
+
+
+def _object(pairs: Collection) -> dict:
+    """JSON's pairs as a dict; raises ValueError for a key that is there twice, of which one would not count."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} is there twice; allowed: each key once")
+    return dict(pairs)
+
+
+def _build(cls: type, found, where: str):
+    """A dataclass from an object of its fields. Raises ValueError."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is {found!r:.60}; allowed: an object with the keys of {cls.__name__}")
+    known = {field.name: field for field in fields(cls)}
+    unknown = [key for key in found if key not in known]
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(known)}")
+    missing = [name for name, field in known.items() if field.default is MISSING and name not in found]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(missing)}")
+    try:
+        return cls(**found)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+_kinds: typing.Any = cache(typing.get_type_hints)
+
+
+def _typed(config) -> None:
+    """Have the fields hold what their types say, whoever made the config. Raises ValueError naming field and value."""
+    for name, kind in _kinds(type(config)).items():
+        object.__setattr__(config, name, _value(kind, getattr(config, name), name))
+
+
+def _value(kind, value, name: str):
+    """`value` as a field of that type holds it: numpy's numbers as Python's, objects of JSON as configs."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if kind is DataConfig:
+        return value if isinstance(value, DataConfig) else _build(DataConfig, value, name)
+    if isinstance(kind, types.UnionType):
+        return value if isinstance(value, RunConfig | None) else _build(RunConfig, value, name)
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        if inner not in (int, float):
+            return _options(value)
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name}={value!r:.60}; allowed: a list of {inner.__name__}")
+        return tuple(_value(inner, x, name) for x in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name}={value!r:.60}; allowed: {kind.__name__}")
+    return value
+
+
+def _options(value) -> tuple[tuple[str, object], ...]:
+    """Options as pairs, sorted by name."""
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    if not isinstance(pairs, list | tuple) or not all(
+        isinstance(p, list | tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs
+    ):
+        raise ValueError(f"options={value!r:.60}; allowed: an object, or a list of [name, value]")
+    return tuple(sorted((name, _frozen(x, name)) for name, x in _object(pairs).items()))
+
+
+def _frozen(value, name: str):
+    """An option's value, JSON's lists as tuples, all the way down."""
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(x, name) for x in value)
+    if not isinstance(value, str | bool | int | float | None):
+        raise ValueError(f"option {name}={value!r:.60}; allowed: a number, a string, true, false, null, or a list")
+    return value
 
 
 @dataclass(frozen=True)
@@ -62,6 +143,7 @@ class DataConfig:
     val_per_class: int = 600  # images held back for every choice
 
     def __post_init__(self) -> None:
+        _typed(self)
         path = self.dataset.removeprefix(FOLDER)
         if path and path != self.dataset:  # the same images, wherever one asks from
             object.__setattr__(self, "dataset", FOLDER + os.path.abspath(os.path.expanduser(path)))
@@ -100,9 +182,7 @@ class RunConfig:
 
         Options are sorted by name: in whatever order they were given, the run is the same.
         """
-        pairs = sorted(dict(self.options).items())
-        for name, listed in dict(sizes=self.sizes, lr=self.lr, options=pairs).items():
-            object.__setattr__(self, name, tuple(map(_frozen, cast(Iterable, listed))))
+        _typed(self)
         if len(self.lr) != len(self.sizes):
             raise ValueError(
                 f"{len(self.lr)} learning rates for {len(self.sizes)} sizes {self.sizes}: one each is allowed"
@@ -117,13 +197,19 @@ class RunConfig:
         for name, value in (rates | dict(source_lr=self.source_lr, weight_decay=self.weight_decay)).items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value}; allowed: 0 or more")
-        for name, most in (("seed", 2**63 - 1), ("steps", 10**9)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)}; allowed: up to {most}, not negative")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}; allowed: up to {2**63 - 1}, not negative")
+        if self.steps * self.tasks_per_step * self.images_per_task > MOST_IMAGES:
+            product = f"steps={self.steps} × tasks_per_step={self.tasks_per_step} × images_per_task"
+            raise ValueError(f"{product}={self.images_per_task}; allowed: up to {MOST_IMAGES} images")
         if len(set(self.sizes)) < len(self.sizes):
             raise ValueError(f"sizes={list(self.sizes)}; allowed: each once")
         if any(size < 1 for size in self.sizes):
             raise ValueError(f"sizes={list(self.sizes)}; allowed: 1 or more")
+        if self.model in GOES_ON and self.sizes:
+            raise ValueError(f"sizes={list(self.sizes)}; allowed for {self.model!r}: none")
+        if self.model in NEED_START and not self.sizes:
+            raise ValueError(f"sizes=[]; allowed for {self.model!r}: one or more")
         if self.model in ONE_SIZE and len(self.sizes) != 1:
             raise ValueError(f"sizes={list(self.sizes)}; allowed for model {self.model!r}: one size")
         if self.model in NO_START and self.start is not None:
@@ -132,6 +218,10 @@ class RunConfig:
             raise ValueError(f"model {self.model!r} needs 'start', the config of what it starts from")
         if self.start is not None:
             self._check_start(self.start)
+        mode = dict(self.options).get("source_mode", "trained")
+        learns = self.model in GOES_ON or self.model.endswith("projectable") and not str(mode).endswith("frozen")
+        if learns and not self.source_lr:
+            raise ValueError(f"source_lr={self.source_lr}, with which the source learns nothing; allowed: more than 0")
 
     def _check_start(self, start: RunConfig) -> None:
         alike = STARTS | GOES_ON
@@ -288,7 +378,7 @@ def read_config(path: str | Path, models: Collection[str]) -> RunConfig:
     if path.is_dir():  # a run's folder
         path /= "config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; allowed: a config as JSON, as config.json in every run") from None
     except (ValueError, RecursionError) as error:
@@ -303,7 +393,10 @@ def config_from(found: dict, models: Collection[str], where: str = "config") -> 
 
     `models` are the names of models that are allowed.
     """
-    return _checked(_build(RunConfig, found, where), models, where)
+    try:
+        return _checked(_build(RunConfig, found, where), models, where)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _checked(config: RunConfig, models: Collection[str], where: str) -> RunConfig:
@@ -313,52 +406,3 @@ def _checked(config: RunConfig, models: Collection[str], where: str) -> RunConfi
     if config.start is not None:
         _checked(config.start, models, f"{where}, start")
     return config
-
-
-def _build(cls: type, found, where: str):
-    """A dataclass from an object of its fields."""
-    if not isinstance(found, dict):
-        raise ConfigError(f"{where} is {found!r:.60}; allowed: an object with the keys of {cls.__name__}")
-    known = {field.name: field for field in fields(cls)}
-    unknown = [key for key in found if key not in known]
-    if unknown:
-        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(known)}")
-    missing = [name for name, field in known.items() if field.default is MISSING and name not in found]
-    if missing:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}")
-    kinds = typing.get_type_hints(cls)
-    values = {key: _value(kinds[key], value, f"{where}: {key}", where) for key, value in found.items()}
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _value(kind, value, words: str, where: str):
-    """`value` as a field of that type holds it."""
-    if kind is DataConfig:
-        return _build(DataConfig, value, f"{where}, data")
-    if isinstance(kind, types.UnionType):
-        return None if value is None else _build(RunConfig, value, f"{where}, start")
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)[0]
-        if inner not in (int, float):  # options: pairs, or an object
-            pairs = list(value.items()) if isinstance(value, dict) else value
-            if not isinstance(pairs, list) or not all(
-                isinstance(p, list | tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs
-            ):
-                raise ConfigError(f"{words}={value!r:.60}; allowed: an object, or a list of [name, value]")
-            return value
-        if not isinstance(value, list):
-            raise ConfigError(f"{words}={value!r:.60}; allowed: a list of {inner.__name__}")
-        return tuple(_value(inner, x, words, where) for x in value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{words}={value!r:.60}; allowed: {kind.__name__}")
-    return value
-
-
-def _frozen(value):
-    """JSON's lists as tuples, all the way down."""
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value

@@ -370,8 +370,8 @@ def operations(config: RunConfig) -> float:
     per_step = per_token * n_tasks * config.images_per_task * length
     if model == "projectable":
         options["conditioning"] = "LearnedID"  # what makes the task vectors costs next to nothing in a step
-        start = cast(RunConfig, config.start).with_(model="source", source_lr=0.0, seed=0, start=None)
-        alike = dict(model=model, lr=(0.0,) * len(config.sizes), source_lr=0.0, steps=1, seed=0)
+        start = cast(RunConfig, config.start).with_(model="source", source_lr=1.0, seed=0, start=None)
+        alike = dict(model=model, lr=(0.0,) * len(config.sizes), source_lr=1.0, steps=1, seed=0)
         per_step += 3.0 * _generation(config.with_(**alike, options=options, start=start), n_tasks)
     elif model == "hypernetwork":
         per_step += 3.0 * _generation(config.with_(lr=(0.0,), steps=1, seed=0), n_tasks)

@@ -247,7 +247,7 @@ GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
         (dict(weight_decay=math.nan), "weight_decay=nan; allowed: 0 or more"),
         (dict(sizes=[8, 8], lr=[1e-3, 1e-3]), r"sizes=\[8, 8\]; allowed: each once"),
         (dict(seed=-1), "seed=-1; allowed: up to 9223372036854775807, not negative"),
-        (dict(steps=10**12), "steps=1000000000000; allowed: up to 1000000000"),
+        (dict(steps=10**12), "steps=1000000000000 × .*; allowed: up to 1000000000 images"),
         (dict(start=GOOD["start"] | dict(steps=0)), "start: steps=0; allowed: 1 or more"),
         (dict(d_source=32), "start: d_source=16; allowed: that of the run itself, 32"),
         (dict(data=GOOD["data"] | dict(dataset="fashion")), "start: data=.*digits.*; allowed: that of the run itself"),
@@ -274,6 +274,19 @@ def test_a_config_that_is_none_is_named(tmp_path, changes, words):
     with pytest.raises(ConfigError, match=words) as error:
         read_config(written(tmp_path, found), MODELS)
     assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_a_key_that_is_there_twice_is_named(tmp_path):
+    text = written(tmp_path, asdict(tiny())).read_text()
+    (tmp_path / "config.json").write_text(text.replace('"patch": 2', '"patch": 2, "patch": 4'))
+    with pytest.raises(ConfigError, match="config.json is no JSON .'patch' is there twice; allowed: each key once"):
+        read_config(tmp_path / "config.json", MODELS)
+
+
+def test_a_config_that_a_windows_editor_saved(tmp_path):
+    path = written(tmp_path, asdict(tiny()))
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert read_config(path, MODELS) == tiny()
 
 
 def test_a_file_that_is_no_json_is_named(tmp_path):

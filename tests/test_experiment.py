@@ -9,8 +9,10 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import Pipe, get_context
+from pathlib import Path
 from queue import Queue
 
+import numpy as np
 import pytest
 import torch
 from conftest import DIGITS, tiny, tiny_projectable, tiny_source
@@ -607,7 +609,8 @@ def test_a_folder_that_jupyter_left_in_an_unfinished_run_does_not_stop_it(other_
     assert run(tiny(steps=2)).is_done()
 
 
-SOURCE, CLUSTERS = dict(model="source", sizes=(), lr=()), replace(DIGITS, tasks="clusters4")
+SOURCE, CLUSTERS = dict(model="source", sizes=(), lr=(), source_lr=1e-2), replace(DIGITS, tasks="clusters4")
+OURS = dict(model="projectable", start=tiny_source())
 
 
 @pytest.mark.parametrize(
@@ -630,6 +633,26 @@ SOURCE, CLUSTERS = dict(model="source", sizes=(), lr=()), replace(DIGITS, tasks=
         (SOURCE | dict(model="masked_source", start=tiny_source()), "allowed for 'masked_source': 'masked_source'"),
         (SOURCE | dict(start=tiny_source(data=CLUSTERS)), "start: data=.*clusters4.*; allowed: that of the run itself"),
         (SOURCE | dict(start=tiny_source(d_source=32)), "start: d_source=32; allowed: that of the run itself, 16"),
+        (SOURCE | dict(source_lr=0), "source_lr=0.0, with which the source learns nothing; allowed: more than 0"),
+        (SOURCE | dict(model="masked_source", source_lr=0), "source_lr=0.0, .*; allowed: more than 0"),
+        (OURS | dict(options={"source_mode": "tuned"}), "source_lr=0.0, .*; allowed: more than 0"),
+        (SOURCE | dict(sizes=(8,), lr=(1e-2,)), r"sizes=\[8\]; allowed for 'source': none"),
+        (OURS | dict(sizes=(), lr=()), r"sizes=\[\]; allowed for 'projectable': one or more"),
+        (
+            dict(steps=10**8),
+            "steps=100000000 × tasks_per_step=10 × images_per_task=4; allowed: up to 1000000000 images",
+        ),
+        (dict(options=(("n", 1), ("n", 2))), "'n' is there twice; allowed: each key once"),
+        (dict(options={"family": {"a": 1}}), "option family={'a': 1}; allowed: a number, a string, true, false, null"),
+        (dict(lr=1e-3), "lr=0.001; allowed: a list of float"),
+        (dict(lr=("1e-3",)), "lr='1e-3'; allowed: float"),
+        (dict(sizes=8), "sizes=8; allowed: a list of int"),
+        (dict(steps="2"), "steps='2'; allowed: int"),
+        (dict(data="digits"), "data is 'digits'; allowed: an object with the keys of DataConfig"),
+        (
+            dict(model="specialists", start=Run(tiny(), "x")),
+            r"start is Run\(.*; allowed: an object with the keys of Run",
+        ),
     ],
 )
 def test_a_config_made_in_python_is_checked_as_one_of_json_is(changes, message):
@@ -656,6 +679,18 @@ def test_what_is_wrong_with_a_model_is_said_before_its_source_is_trained(other_r
     assert not is_done(config.start)
 
 
+def test_a_source_that_is_not_trained_needs_no_rate():
+    for mode in ("frozen", "random_frozen"):
+        assert tiny(**OURS, options={"source_mode": mode}).source_lr == 0
+
+
+def test_numbers_of_numpy_are_those_of_python():
+    made = tiny(
+        lr=np.array([1e-2]), seed=np.int64(1), clip=np.float32(1), steps=np.int32(40), options={"n": np.int8(2)}
+    )
+    assert made.key() == tiny(seed=1, options={"n": 2}).key()
+
+
 def test_lists_in_a_config_made_in_python_are_as_good_as_tuples():
     options = (("conditioning", "film"), ("widths", (1, 2)))
     made = tiny(sizes=[8], lr=[1e-2], options={"widths": [1, 2], "conditioning": "film"})
@@ -669,6 +704,8 @@ def test_lists_in_a_config_made_in_python_are_as_good_as_tuples():
 def test_data_of_no_codes_or_pixels(name):
     with pytest.raises(ValueError, match=f"{name}=0; allowed: 1 or more"):
         DataConfig("digits", **{name: 0})
+    with pytest.raises(ValueError, match=r"dataset=PosixPath\('digits'\); allowed: str"):
+        DataConfig(Path("digits"))
 
 
 @pytest.mark.parametrize(
@@ -713,7 +750,7 @@ def test_wrong_options_are_named_before_anything_is_trained(digits, monkeypatch)
     for model, changes, allowed in (
         ("adapted", dict(start=tiny(seed=9)), "tune"),
         ("universal", {}, told),
-        ("source", dict(sizes=(), lr=()), told),
+        ("source", dict(sizes=(), lr=(), source_lr=1e-2), told),
         ("hypernetwork", {}, "z_dim, family"),
         ("distilled", of_source, "conditioning, share"),
         ("distilled_specialists", of_source, "share"),
