@@ -46,9 +46,10 @@ from .baselines import (
     for_new_tasks,
     group_tasks,
 )
-from .conditioning import CONDITIONINGS
+from .conditioning import CONDITIONINGS, Conditioning
 from .config import OF_OTHER_DATA, DataConfig, RunConfig
-from .projection import KEEPS_OBJECTIVE, Adapted, Projectable
+from .generators import FAMILIES, Generator
+from .projection import KEEPS_OBJECTIVE, Adapted, Projectable, Projection
 from .storage import (
     DamagedFile,
     current_commit,
@@ -168,7 +169,7 @@ def build(config: RunConfig, data: TaskData) -> Model:
     than the config says.
     """
     _check_options(config)
-    model = untrained(config, data, run(config.start).model() if config.start is not None else None)
+    model = _made(config, data, run(config.start).model() if config.start is not None else None)
     members = set(model.members) - {"source"}
     if members != {f"d{size}" for size in config.sizes}:
         words = f"{config.model!r} with sizes={list(config.sizes)} would have {', '.join(sorted(members)) or 'none'}"
@@ -183,17 +184,67 @@ def build(config: RunConfig, data: TaskData) -> Model:
 
 
 def _check_options(config: RunConfig) -> None:
-    """Raises ValueError for options that the model does not take."""
+    """Raises ValueError for options that the model, or the family of its maps, does not take, or of another kind."""
     if config.model not in MODELS:
         return
-    takes = list(inspect.signature(MODELS[config.model]).parameters.values())[3:]  # beside config, data and start
-    if any(p.kind is p.VAR_KEYWORD for p in takes):  # a family's, too: the model says what it takes
-        return
-    known = [p.name for p in takes]
-    for option in dict(config.options):
+    takes, options = _parameters(MODELS[config.model], 3), dict(config.options)  # beside config, data and start
+    if MODELS[config.model] is _projectable:  # hands options on
+        takes = takes[:-1] + _parameters(Projectable, 4)[:-1] + _parameters(Projection, 5)[:-1]
+        takes += _of_family(options, "family", "Linear")
+    known = {p.name: p for p in takes if p.name not in ("seed", "told")}  # which the run gives
+    for option, value in options.items():
+        if option not in known and any(p.kind is p.VAR_KEYWORD for p in takes):
+            continue
         if option not in known:
             allowed = ", ".join(known) or "none"
             raise ValueError(f"unknown option {option!r} of the model {config.model!r}; allowed: {allowed}")
+        said = known[option].annotation
+        kinds, words = KINDS.get(getattr(said, "__name__", str(said)).partition(" ")[0], ((), ""))
+        if words and type(value) not in kinds and value is not known[option].default:
+            raise ValueError(f"option {option}={value!r}; allowed: {words}")
+
+
+KINDS = {  # of options, as signatures say them
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a string"),
+    "bool": ((bool,), "true or false"),
+}
+
+
+def _parameters(thing: Callable, given: int) -> list[inspect.Parameter]:
+    """What it takes beside the first ones, which are given."""
+    return list(inspect.signature(thing).parameters.values())[given:]
+
+
+def _of_family(options: dict, which: str, default: str) -> list[inspect.Parameter]:
+    """What the family that options name takes, and the one inside it; anything where there is none of that name."""
+    if (name := options.get(which, default)) not in FAMILIES:
+        return [inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)]
+    takes = _parameters(FAMILIES[name], 2)
+    inner = next((p.default for p in takes if p.name == "inner"), None) if which == "family" else None
+    return takes[:-1] + _of_family(options, "inner", inner) if inner else takes
+
+
+def _made(config: RunConfig, data: TaskData, start: Model | None) -> Model:
+    """`untrained`, where its start and what it makes fit. Raises ValueError naming what does not."""
+    own = config.shape(data.codebook.length)
+    if start is not None and (its := start.shape) and (its.vocab_size, its.length) != (own.vocab_size, own.length):
+        words = f"start: {its.length} tokens of {its.vocab_size} codes"
+        raise ValueError(f"{words}; allowed: those of the run itself, {own.length} of {own.vocab_size}")
+    model = untrained(config, data, start)
+    z_dim = next((part.z_dim for part in model.modules() if isinstance(part, Conditioning)), 0)
+    for maker in (part for part in model.modules() if isinstance(part, Generator)):  # of one's own, perhaps
+        try:
+            with torch.no_grad():
+                found = tuple(maker(torch.zeros(2, z_dim)).shape)
+        except Exception as error:
+            why = str(error) or type(error).__name__
+            raise ValueError(f"the generator {type(maker).__name__} gives no maps: {why}") from error
+        if found not in ((2, *maker.base.shape), (1, *maker.base.shape)):
+            allowed = f"(2, S, m, n) or (1, S, m, n), as P₀ is {tuple(maker.base.shape)}"
+            raise ValueError(f"the generator {type(maker).__name__} gives maps {found} of 2 tasks; allowed: {allowed}")
+    return model
 
 
 def untrained(config: RunConfig, data: TaskData, start: Model | None) -> Model:
@@ -469,7 +520,7 @@ def _try_out(config: RunConfig) -> None:
     _check_options(config)
     start = cast(RunConfig, config.start)
     with torch.random.fork_rng(devices=[]):
-        untrained(config, data_for(config.data), _blank(start, data_for(start.data)))
+        _made(config, data_for(config.data), _blank(start, data_for(start.data)))
 
 
 def folder_of(config: RunConfig) -> Path:

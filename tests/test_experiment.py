@@ -664,10 +664,22 @@ def test_a_config_made_in_python_is_checked_as_one_of_json_is(changes, message):
     "changes, message",
     [
         (dict(options={"family": "Lineer"}), "unknown generator 'Lineer'"),
-        (dict(options={"famly": "Linear"}), "unknown option 'famly'"),
+        (
+            dict(options={"famly": "LowRank"}),
+            "unknown option 'famly' of the model 'projectable'; allowed: encoder, family, z_dim, .*, neurons$",
+        ),
+        (dict(options={"famly": 1, "family": "LowRank"}), "'famly' .*; allowed: .*, neurons, rank$"),
+        (dict(options={"famly": 1, "family": "Orthonormal", "inner": "LowRank"}), "'famly' .*, inner, steps, rank$"),
+        (dict(options={"seed": 1}), "unknown option 'seed' of the model 'projectable'"),
+        (dict(options={"z_dim": "4"}), "option z_dim='4'; allowed: a whole number"),
+        (dict(options={"z_dim": 4.5}), "option z_dim=4.5; allowed: a whole number"),
+        (dict(options={"z_dim": None}), "option z_dim=None; allowed: a whole number"),
+        (dict(options={"n_layers": "1"}), "option n_layers='1'; allowed: a whole number"),
+        (dict(options={"family": ["Linear"]}), r"option family=\('Linear',\); allowed: a string"),
+        (dict(options={"use_task_embedding": 1}), "option use_task_embedding=1; allowed: true or false"),
         (dict(options={"p0": "magic"}), "unknown p0 'magic'"),
         (dict(options={"source_rate": -1.0}), "source_rate=-1.0; allowed: 0 or more"),
-        (dict(options={"source_weight": "much"}), "source_weight='much'; allowed: 0 or more"),
+        (dict(options={"source_weight": "much"}), "source_weight='much'; allowed: a number"),
         (dict(options={"z_dim": 0}), "z_dim=0; allowed: 1 or more"),
         (dict(sizes=(12,)), "d_model=12 is no multiple of d_head=8"),
     ],
@@ -726,11 +738,43 @@ def test_data_of_no_codes_or_pixels(name):
             dict(model="specialists", start=tiny(data=CLUSTERS, steps=2)),
             "start: 4 tasks; allowed: as many as the run itself has, 10",
         ),
+        (
+            dict(model="specialists", start=tiny(data=replace(DIGITS, vocab_size=16), steps=2)),
+            "start: 16 tokens of 16 codes; allowed: those of the run itself, 16 of 32",
+        ),
+        (
+            dict(model="adapted", start=tiny(data=replace(DIGITS, patch=4), steps=2)),
+            "start: 4 tokens of 32 codes; allowed: those of the run itself, 16 of 32",
+        ),
     ],
 )
 def test_models_that_cannot_be_built(digits, changes, message):
     with pytest.raises(ValueError, match=message):
         experiment.build(tiny(**changes), digits)
+
+
+class Transposed(generators.Linear):
+    def forward(self, z):
+        return super().forward(z).mT
+
+
+class Mute(generators.Generator):
+    pass
+
+
+@pytest.mark.parametrize(
+    "family, said",
+    [
+        (Transposed, r"the generator Transposed gives maps \(2, 1, 8, 16\) of 2 tasks; allowed: .*P₀ is \(1, 16, 8\)"),
+        (Mute, "the generator Mute gives no maps: NotImplementedError"),
+    ],
+)
+def test_a_family_that_gives_other_maps_is_named_before_its_source_is_trained(other_runs, monkeypatch, family, said):
+    monkeypatch.setitem(generators.FAMILIES, family.__name__, family)
+    config = tiny_projectable(tiny_source(steps=3), steps=2, options={"family": family.__name__})
+    with pytest.raises(ValueError, match=said):
+        run(config)
+    assert not is_done(config.start)
 
 
 def test_the_same_folder_is_the_same_data_from_wherever_it_is_named(tmp_path, monkeypatch):
