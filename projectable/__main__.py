@@ -111,23 +111,38 @@ def find_run(name: str | Path) -> Run:
 
     folder = Path(name) if (Path(name) / "config.json").exists() else runs_dir() / name
     if not (folder / "config.json").exists():
-        raise ConfigError(f"no run {str(name)!r}; allowed: the folder of a run, or the name of one in {runs_dir()}")
+        lost = [f"{place} lost its config.json" for place in (name, folder) if (Path(place) / "result.json").exists()]
+        raise ConfigError(
+            f"{lost[0]}: `projectable train` with its config writes it again"
+            if lost
+            else f"no run {str(name)!r}; allowed: the folder of a run, or the name of one in {runs_dir()}"
+        )
+    config = read_config(folder, MODELS)
     if (folder / "diverged.json").exists():
         remembered = folder / "diverged.json"
         raise ConfigError(f"{folder} diverged: {read_json(remembered)['error']}; delete {remembered} to try again")
-    if (folder / "model.safetensors").exists() and not (folder / "history.json").exists():
-        raise ConfigError(f"{folder} is no run but a small model: `projectable sample`, `evaluate` and `info` take it")
     if not (folder / "result.json").exists():
         raise ConfigError(f"{folder} is not finished: `projectable train {folder / 'config.json'}` goes on with it")
-    return Run(read_config(folder, MODELS), folder)
+    return Run(config, folder)
 
 
 def check_current(run: Run) -> Run:
-    """The run itself. Raises ConfigError where it would be trained otherwise now."""
+    """The run itself. Raises ConfigError where it would be trained otherwise now, or its images are not there."""
     from projectable.config import ConfigError
     from projectable.experiment import folder_of
+    from projectable.tasks import MAKERS
+    from projectable.tasks.images import LOADERS, LOADERS_OF_PATHS, DataError
 
-    if folder_of(run.config).name != run.folder.name:
+    dataset = run.config.data.dataset
+    if not (dataset in LOADERS or dataset in MAKERS or dataset.partition(":")[0] in LOADERS_OF_PATHS):
+        export = "`projectable.export.export` writes its models there"
+        raise ConfigError(f"{run.folder}: images {dataset!r} were registered from Python: {export}")
+    try:
+        folder = folder_of(run.config)
+    except DataError as error:
+        again = f"where they were moved, `projectable train` with their new path finds {run.folder.name} again"
+        raise ConfigError(f"{error}; {again}") from None
+    if folder.name != run.folder.name:
         commit, again = run.result.get("commit"), f"`projectable train {run.folder / 'config.json'}` trains it anew"
         raise ConfigError(
             f"{run.folder} is not what would be trained now: since commit {commit} code, packages or images changed, "
@@ -193,17 +208,17 @@ def train(config: str, executor: str | None) -> None:
     wanted = read_config(config, experiment.MODELS)
     if executor:
         try:
-            experiment.run_many([wanted], executor=executor)
+            (finished,) = experiment.run_many([wanted], executor=executor)
         except KeyboardInterrupt:  # its jobs were ended
             click.echo("stopped: the same command goes on from the last checkpoint", err=True)
             sys.exit(128 + signal.SIGINT)
-        click.echo(experiment.folder_of(wanted))
+        _told(finished)
         return
     with training.team() as team, training.Stop(team) as stop:
-        said = ""
+        said, trained = "", {}
         try:
-            finished = team.first(partial(experiment.is_done, wanted))
-            for part in [] if finished else chain(wanted):
+            done = team.first(partial(experiment.is_done, wanted))
+            for part in [] if done else chain(wanted):
                 if team.first(partial(experiment.is_done, part)):
                     continue
                 words = " ".join([part.model, *(f"d{size}" for size in part.sizes)])
@@ -217,7 +232,7 @@ def train(config: str, executor: str | None) -> None:
                         bar.update(step - bar.n)
                         said = f" after step {step:,} of {steps:,} of {words}"
 
-                    experiment.run(part, report, stop, team)
+                    trained[part] = experiment.run(part, report, stop, team)
                 stop.end()
         except KeyboardInterrupt:
             if team.rank == 0:
@@ -225,11 +240,23 @@ def train(config: str, executor: str | None) -> None:
                 click.echo(f"stopped{said}: the same command goes on from {where}", err=True)
             sys.exit(128 + (stop.signal or signal.SIGINT))
         if team.rank == 0:
-            click.echo(experiment.folder_of(wanted))
+            _told(trained.get(wanted) or experiment.run(wanted))
     if team.size > 1:  # all is written: threads of the process group may abort an interpreter that tidies up
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _told(run: Run) -> None:
+    """Print the folder of a finished run. Raises DamagedFile."""
+    from projectable.experiment import folder_of
+    from projectable.tasks.images import DataError
+
+    click.echo(run.check().folder)
+    with contextlib.suppress(DataError):
+        if folder_of(run.config) == run.folder:
+            return
+    click.echo(f"images in {run.config.data.dataset} changed while this trained: run again to train on them", err=True)
 
 
 @cli.command()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .storage import read_json
+from .storage import DamagedFile, read_json
 from .tasks.images import FOLDER
 from .tasks.text import LETTERS
 from .transformer import Shape
@@ -384,7 +384,14 @@ def read_config(path: str | Path, models: Collection[str]) -> RunConfig:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no JSON ({error})") from None
     if isinstance(found, dict) and "sha256" in found:  # a run's own: what it says has to be what was trained
-        found = read_json(path)
+        try:
+            found = read_json(path)
+        except DamagedFile as error:
+            again = "`projectable train` with the config that it came from writes it again"
+            raise DamagedFile(f"{str(error).rpartition(': ')[0]}: {again}") from None
+    if isinstance(found, dict) and "format" in found:
+        others = "`projectable sample`, `evaluate` and `info` take it"
+        raise ConfigError(f"{path.parent} is no run but a small model: {others}")
     return config_from(found, models, str(path))
 
 

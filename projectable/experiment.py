@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -485,6 +485,19 @@ class Run:
             raise DamagedFile(f"{self.folder} holds the weights of another run: delete that folder and run again")
         model.load_state_dict(tensors)
         return model.eval()
+
+    def check(self) -> Run:
+        """Itself, finished and whole. Raises DamagedFile where it is not.
+
+        A config.json that is damaged, gone, or says where images lay before they were moved is written again.
+        """
+        _ = self.result, self.history, self._whole(load_tensors, "model.safetensors")
+        said: dict = {}
+        with suppress(DamagedFile, FileNotFoundError):
+            said = read_json(self.folder / "config.json")
+        if said != json.loads(json.dumps(asdict(self.config))):
+            write_json(self.folder / "config.json", asdict(self.config))
+        return self
 
     def _whole(self, read: Callable[[Path], Any], name: str) -> Any:
         """What one of its files holds. Raises DamagedFile where it is damaged or gone: the folder has to go then."""

@@ -19,7 +19,7 @@ from projectable import experiment
 from projectable.__main__ import check_current, cli, find_run, main
 from projectable.config import ConfigError, config_from, read_config
 from projectable.experiment import MODELS
-from projectable.storage import load_tensors, write_json
+from projectable.storage import DamagedFile, load_tensors, write_json
 
 ROOT = Path(__file__).parents[1]
 TRAINED = dict(sizes=(8, 16), lr=(2e-3, 2e-3), options=dict(family="Linear", z_dim=4))
@@ -111,6 +111,27 @@ def test_training_prints_the_folder_and_finds_it_again(other_runs, tmp_path):
     assert again.stdout == first.stdout and again.stderr == ""
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "history.json", "result.json"])
+def test_a_finished_run_that_is_broken_is_not_said_to_be_there(other_runs, tmp_path, name):
+    path, folder = written(tmp_path, asdict(tiny(steps=2))), experiment.run(tiny(steps=2)).folder
+    (folder / name).write_bytes(b"")
+    with pytest.raises(DamagedFile, match=f"{name} is damaged .*: delete .* and run again"):
+        call("train", path)
+
+
+def test_a_config_that_a_finished_run_lost_is_written_again(other_runs, tmp_path):
+    path, folder = written(tmp_path, asdict(tiny(steps=2))), experiment.run(tiny(steps=2)).folder
+    kept = folder / "config.json"
+    before = kept.read_bytes()
+    kept.write_bytes(before.replace(b'"clip": 1.0', b'"clip": 2.0'))
+    for said in ("is damaged .its checksum differs.: `projectable train` with", "lost its config.json: `projectable t"):
+        with pytest.raises((ConfigError, DamagedFile), match=said):
+            find_run(folder.name)
+        call("train", path)
+        assert kept.read_bytes() == before and find_run(folder).config == tiny(steps=2)
+        kept.unlink()
+
+
 def test_a_stopped_training_says_how_it_goes_on(other_runs, tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -175,6 +196,7 @@ def test_errors_are_one_line_that_names_the_value(trained, model, tmp_path, caps
         (("evaluate", model, "--images", tmp_path), f"images={tmp_path} for a model of digits/classes; allowed: none"),
         (("evaluate", tmp_path / "x"), "x does not exist; allowed: a folder"),
         (("evaluate", trained.folder), "is a run, of many tasks"),
+        (("train", model), "threes is no run but a small model: `projectable sample`"),
         (("project", model, "--task", 3, "--width", 8, "-o", tmp_path / "x"), "threes is no run but a small model: "),
         (("sample", model, "-o", "x.gif"), "x.gif is no PNG file"),
         (("sample", model, "-o", tmp_path / "x.png", "--temperature", "nan"), "temperature=nan is no temperature"),

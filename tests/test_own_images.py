@@ -9,7 +9,7 @@ import shutil
 import struct
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -23,8 +23,8 @@ from conftest import tiny, tiny_projectable, tiny_source
 from PIL import Image
 
 from projectable import experiment, reporting
-from projectable.__main__ import cli
-from projectable.config import DataConfig
+from projectable.__main__ import check_current, cli, find_run
+from projectable.config import ConfigError, DataConfig
 from projectable.experiment import data_for, folder_of, run
 from projectable.export import ModelError, evaluate, export, facts, load, write_grid
 from projectable.plotting import image_grid
@@ -421,6 +421,46 @@ def test_a_folder_that_was_moved_has_its_runs(tmp_path, other_runs, monkeypatch)
     assert again.isfinite().all()
     (tmp_path / "animals" / "cats" / "0.png").unlink()
     assert not experiment.is_done(moved), "other images are other data"
+
+
+def trained_on(folder, tmp_path, steps=2):
+    """The config file of a run on these images, and what the command line says when it trains it."""
+    config = tiny(data=DataConfig(f"folder:{folder}", patch=2, vocab_size=16), steps=steps)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    return config, CliRunner().invoke(cli, ["train", str(tmp_path / "config.json")], catch_exceptions=False)
+
+
+def test_a_run_knows_where_its_images_were_moved(pets, tmp_path, other_runs):
+    _, said = trained_on(pets, tmp_path)
+    name = Path(said.stdout.strip()).name
+    pets.rename(tmp_path / "animals")
+    with pytest.raises(ConfigError, match=f"pets does not exist; .* with their new path finds {name} again"):
+        check_current(find_run(name))
+    moved, again = trained_on(tmp_path / "animals", tmp_path)
+    assert again.stdout == said.stdout and check_current(find_run(name)).config == moved
+
+
+def test_images_that_change_while_a_run_trains_are_said_to(pets, tmp_path, other_runs, monkeypatch):
+    train = experiment._train
+
+    def changing(*about):
+        train(*about)
+        (pets / "cats" / "0.png").unlink()
+
+    monkeypatch.setattr(experiment, "_train", changing)
+    config, said = trained_on(pets, tmp_path)
+    folder = Path(said.stdout.strip())
+    assert folder != folder_of(config) and (folder / "result.json").exists()
+    assert f"images in folder:{pets} changed while this trained: run again" in said.stderr
+
+
+def test_a_run_of_images_registered_in_python_is_exported_there(other_runs, monkeypatch):
+    monkeypatch.setitem(LOADERS, "mine", load_digits)
+    finished = run(tiny(data=DataConfig("mine", patch=2, vocab_size=16), steps=2))
+    assert check_current(find_run(finished.folder))
+    monkeypatch.delitem(LOADERS, "mine")
+    with pytest.raises(ConfigError, match=r"images 'mine' were registered from Python: `projectable.export.export` "):
+        check_current(find_run(finished.folder))
 
 
 @pytest.mark.slow
