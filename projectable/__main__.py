@@ -157,7 +157,8 @@ def facts(run: Run) -> dict[str, str]:
     options = ", ".join(f"{name}={value}" for name, value in config.options)
     losses = ", ".join(f"{member} {loss:.4f}" for member, loss in result["val"].items())
     unit = "nats per masked token" if config.model.startswith("masked_") else "nats per token"
-    rates = ", ".join(f"{member} {rate:g}" for member, rate in config.rates().items() if rate)
+    rates = ", ".join(f"{member} {rate:g}" for member, rate in config.rates().items() if rate or member != "source")
+    images = f"up to {config.val_images}" if config.val_images else "all"
     return {
         "model": f"{config.model} ({options})" if options else config.model,
         "members": ", ".join(result["val"]),
@@ -165,7 +166,7 @@ def facts(run: Run) -> dict[str, str]:
         "data": f"{config.data.dataset}, tasks: {config.data.tasks}, {config.data.vocab_size} codes",
         "steps": f"{run.history[-1]['step']:,} of {config.steps:,}, the best at {result['best_step']:,}",
         "learning rates": rates,
-        "val loss": f"{losses} ({unit}, mean over tasks, {config.val_images or 'all'} images each)",
+        "val loss": f"{losses} ({unit}, mean over tasks, {images} images each)",
         "parameters": f"{result['n_parameters']:,}, frozen ones included",
         "seconds": f"{result['seconds']:.0f} on {result['device']}",
         "seed, commit": f"{config.seed}, {result['commit']}",

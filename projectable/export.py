@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from . import ONNX_EXTRA, ONNX_KEY, ONNX_SEAL, OnnxError, transformer
 from .config import DataConfig
-from .storage import DamagedFile, current_commit, draft_of, load_tensors, save_tensors, write_atomically
+from .storage import DamagedFile, WriteError, current_commit, draft_of, load_tensors, save_tensors, write_atomically
 from .tasks import SPLITS, Codebook
 from .tasks.images import FOLDER
 from .transformer import PLAIN_AXES, Shape, Weights, forward, sample
@@ -101,8 +101,10 @@ class SmallTransformer(nn.Module):
     def sample(self, n: int, temperature: float = 1.0, seed: int | None = None) -> np.ndarray:
         """n new images (n, H, W, C) in [0, 1]; the same seed gives the same images (None: torch's own state).
 
-        Raises ValueError for n below 1 or a temperature that is none.
+        Raises ValueError for n below 1, or a temperature or seed that is none.
         """
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed}; allowed: up to {2**63 - 1}, not negative")
         device = self.weights["embedding"].device
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         weights = dict(self.weights.items())
@@ -247,8 +249,10 @@ def export(
         if not overwrite:
             raise ModelError(f"{folder} exists: choose another folder, or pass overwrite (--overwrite)")
         names = {p.name for p in folder.iterdir()} if folder.is_dir() else {""}
-        if names - FILES or names and _described(folder).get("format") != FORMAT:
+        if names - FILES:
             raise ModelError(f"{folder} holds more than an exported model: it is left alone")
+        if names and _described(folder).get("format") != FORMAT:
+            raise ModelError(f"{folder} holds no exported model (by its config.json): it is left alone")
     if run.config.data.dataset in ("text", "captioned_fashion", "captioned_digits"):
         raise ValueError(f"{run.folder.name} models text; allowed: runs on images")
     if run.config.model.startswith("masked_"):
@@ -302,6 +306,10 @@ def _write(folder: Path, config: dict, weights: Weights, book: Codebook, onnx: S
     """The folder under another name first; an old one is put back where that fails."""
     draft, old = (folder.with_name(f".{folder.name}.{os.getpid()}{end}") for end in ("", ".old"))
     tensors = {k: w.squeeze(0) if k in config["task_axis"] else w for k, w in weights.items()}
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"{folder} can't be written ({error.strerror})") from None
     try:
         save_tensors(draft / "model.safetensors", tensors | {"codes": torch.from_numpy(book.codes)}, config)
         write_atomically(draft / "config.json", json.dumps(config, indent=1, ensure_ascii=False) + "\n")

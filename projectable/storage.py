@@ -94,7 +94,7 @@ def _touch(path: Path) -> None:
 def draft_of(path: Path) -> Iterator[Path]:
     """A file to write to beside `path`; it takes the place of `path` at the end, or goes where writing fails.
 
-    Raises WriteError where the folder cannot be written to or is full.
+    Raises WriteError, naming `path`, where it cannot be written or the folder is full.
     """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # two machines may share the id of a process
     try:
@@ -103,10 +103,12 @@ def draft_of(path: Path) -> Iterator[Path]:
         yield draft
         draft.chmod(mode)
         draft.replace(path)
+    except WriteError:
+        raise
     except (OSError, SafetensorError) as error:
         if "No space left" in str(error):
             raise WriteError(f"{path.parent} is full: make room and run again (what was there is kept)") from None
-        raise
+        raise WriteError(f"{path} can't be written ({getattr(error, 'strerror', '') or error})") from None
     finally:
         with contextlib.suppress(OSError):  # where it could not even be made
             draft.unlink()

@@ -144,7 +144,7 @@ def test_a_stopped_training_says_how_it_goes_on(other_runs, tmp_path, monkeypatc
 def test_a_run_is_found_by_its_name_and_info_tells_what_it_is(trained, model):
     for said in (call("info", trained.folder), call("info", trained.folder.name)):
         assert "projectable (family=Linear, z_dim=4)" in said and "source 1" not in said.split("val loss")[0]
-        assert "d8 0.002, d16 0.002, source 0.001" in said
+        assert "d8 0.002, d16 0.002, source 0.001" in said and "up to 10 images each" in said
     said = call("info", model)
     assert "3 of digits/classes" in said and "CC BY 4.0" in said and "1,496" in said
 
@@ -185,7 +185,8 @@ def test_every_command_has_help_with_an_example():
 
 
 def test_errors_are_one_line_that_names_the_value(trained, model, tmp_path, capsys, monkeypatch):
-    project = ("project", trained.folder, "-o", tmp_path / "x")
+    project, folder = ("project", trained.folder, "-o", tmp_path / "x"), tmp_path / "folder.png"
+    folder.mkdir()
     for words, expected in (
         ((*project, "--task", "coat", "--width", 8), "unknown task 'coat'; allowed: 0, 1, 2"),
         ((*project, "--task", 3, "--width", 12), r"unknown width '12' of .*; allowed: 8 \(d8\), 16 \(d16\)"),
@@ -199,6 +200,12 @@ def test_errors_are_one_line_that_names_the_value(trained, model, tmp_path, caps
         (("train", model), "threes is no run but a small model: `projectable sample`"),
         (("project", model, "--task", 3, "--width", 8, "-o", tmp_path / "x"), "threes is no run but a small model: "),
         (("sample", model, "-o", "x.gif"), "x.gif is no PNG file"),
+        (("sample", model, "-o", folder), "folder.png can't be written .Is a directory."),
+        (("sample", model, "-o", "x.png", "--seed", 10**22), "seed=10000000000000000000000; allowed: up to 922"),
+        (
+            ("project", trained.folder, "--task", 3, "--width", 8, "-o", model / "README.md" / "x"),
+            "README.md/x can't be written .Not a directory.",
+        ),
         (("sample", model, "-o", tmp_path / "x.png", "--temperature", "nan"), "temperature=nan is no temperature"),
         (("info", "nowhere"), "no run 'nowhere'; allowed: "),
         (("info", tmp_path), "holds no model: config.json is missing"),

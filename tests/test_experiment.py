@@ -18,6 +18,7 @@ import torch
 from conftest import DIGITS, tiny, tiny_projectable, tiny_source
 
 from projectable import arms, experiment, generators, storage, transformer
+from projectable.__main__ import facts
 from projectable.config import DataConfig
 from projectable.experiment import Run, build, data_for, folder_of, is_done, operations, run, run_many, runs_dir
 from projectable.storage import DamagedFile, root
@@ -158,6 +159,7 @@ def test_a_run_at_a_rate_of_zero_leaves_its_start_as_it_was(universal):
     assert told.result["val"] == pytest.approx(
         {"d8": split_losses(run(start).model(), data_for(start.data), "val", 10)["d8"].mean().item()}
     )
+    assert facts(told)["learning rates"] == "d8 0"
 
 
 # ---------------------------------------------------------------------------------------------- what decides a run

@@ -157,7 +157,7 @@ def test_a_folder_is_replaced_only_on_demand_and_only_a_model(trained, folder):
     (folder / "thesis.txt").unlink()
     somebodys = json.dumps({"model_type": "gpt2"})  # the names of Hugging Face's files are the same
     (folder / "config.json").write_text(somebodys)
-    with pytest.raises(ModelError, match="holds more than an exported model: it is left alone"):
+    with pytest.raises(ModelError, match="holds no exported model .by its config.json.: it is left alone"):
         export(trained, 8, 3, folder, overwrite=True)
     assert (folder / "config.json").read_text() == somebodys
 
