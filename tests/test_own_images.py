@@ -79,7 +79,7 @@ def test_small_images_of_one_size_stay_as_they_are(pets, capsys):
     assert np.array_equal(parts["all"][0], np.rint(expected * 255)) and parts["all"][0].dtype == np.uint8
     assert parts["all"][1].tolist() == [0] * 10 + [1] * 10 + [2] * 10
     loaded = load_images(f"folder:{pets}", 2)
-    assert capsys.readouterr().err == "pets: 30 images of 3 classes, grey, 8×8 pixels\n"
+    assert capsys.readouterr().err == "pets: 30 images of 3 classes (cats, dogs, owls), grey, 8×8 pixels\n"
     assert loaded.name == "pets" and loaded.train[0].dtype == np.float32 and loaded.train[0].max() == 1
 
 
@@ -87,7 +87,7 @@ def test_small_images_of_one_size_stay_as_they_are(pets, capsys):
 def test_images_are_resized_where_patches_do_not_fit(pets, patch, size, capsys):
     loaded = load_folder(pets, patch)
     assert loaded.train[0].shape[1:] == (size, size, 1)
-    resized = f"{size}×{size} pixels (cut to that shape and resized; they had 8×8 to 8×8)"
+    resized = f"{size}×{size} pixels (cut to that shape and resized; they had 8×8)"
     assert (resized in capsys.readouterr().err) == (size != 8)
 
 
@@ -138,6 +138,31 @@ def test_arrays_that_are_no_images_are_refused(x, y, said):
     for split, pairs in (("train", ((x, y), good)), ("test", (good, (x, y))), ("val", (good, good, (x, y)))):
         with pytest.raises(DataError, match=f"^{split} images of 'mine': {said}"):
             images.Images("mine", "", ("a", "b"), *pairs)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(test=(PIXELS[:, :4], LABELS)), r"^test images of 'mine' have the shape \(4, 8, 1\); allowed: .* \(8, 8"),
+        (
+            dict(val=(PIXELS[..., :4, :], LABELS)),
+            r"^val images of 'mine' have the shape \(8, 4, 1\); allowed: .* \(8, 8",
+        ),
+        (dict(label_names=("a", "a")), "label_names of 'mine' hold 'a' twice; allowed: each once"),
+    ],
+)
+def test_images_that_do_not_go_together_are_refused(monkeypatch, changes, said):
+    mine = replace(Images("mine", "", ("a", "b"), (PIXELS, LABELS), (PIXELS, LABELS)), **changes)
+    monkeypatch.setitem(LOADERS, "mine", lambda: mine)
+    with pytest.raises(DataError, match=said):
+        data_for(DataConfig("mine", vocab_size=16))
+
+
+def test_classes_may_be_sorted_into_folders(tmp_path):
+    for name in ("2023", "2024"):
+        write_images(tmp_path / "pets" / name)
+    (tmp_path / "pets" / "2024" / "cats").rename(tmp_path / "pets" / "2024" / "lions")
+    assert read_folder(tmp_path / "pets")[0].classes == ("2023", "2024"), "nothing says that these are no classes"
 
 
 def test_images_of_several_sizes_are_cut_in_the_middle_and_resized(tmp_path):
@@ -215,8 +240,11 @@ def test_broken_files_are_listed_and_left_out(pets, capsys):
     assert found.counts == {"all": [10, 10, 10]} and np.array_equal(parts["all"][0], whole)
     load_folder(pets)
     said = capsys.readouterr().err
-    broken = "cats/cut.png, cats/empty.png, cats/text.jpg, …"
-    assert said.endswith(f"; 5 left out that can't be read: {broken}; 1 of other kinds left out: .txt\n")
+    assert said.endswith(
+        f"; 5 left out that can't be read: {', '.join(found.broken)}; 1 of other kinds left out: .txt\n"
+    )
+    many = replace(found, broken=tuple(f"{i}.png" for i in range(17)), classes=tuple("abcde"))
+    assert "8.png, 9.png and 7 more" in str(many) and "5 classes (a, b, c and 2 more)" in str(many)
     assert content_key(f"folder:{pets}")
 
 
@@ -245,16 +273,25 @@ def spoil(folder, how):
             (folder / "dogs" / f"{i}.png").unlink()
     elif how == "unknown part":
         shutil.copytree(folder, folder / "train")
+    elif how == "parts of other names":
+        for name in ("testing", "training"):
+            shutil.copytree(folder, folder.parent / "new" / name)
+        shutil.rmtree(folder)
+        (folder.parent / "new").rename(folder)
+    elif how == "no letters":
+        os.rename(os.fsencode(folder / "cats"), os.fsencode(folder) + b"/caf\xe9")
 
 
 WRONG = {
     "missing": "pets does not exist; allowed: a folder with a folder of images for each class",
     "file": "pets is a file; allowed: a folder with a folder of images for each class",
-    "no class": "class folders in .*pets: none; needed: two or more; allowed: a folder",
+    "no class": "class folders in .*pets: none; needed: two or more; allowed: a folder .*; is .* meant?",
     "one class": "class folders in .*pets: dogs; needed: two or more; allowed: a folder",
     "empty class": r"class 'dogs' is empty: .*pets/dogs holds no image \(allowed: .png, .jpg",
     "only broken": r"class 'dogs' is empty: .*pets/dogs holds no image \(can't be read: dogs/0.png, dogs/1.png, dogs/2",
     "two images": r"class 'dogs' of .*pets has 2 images to train with; needed: 3 \(train, val and test images",
+    "parts of other names": "pets: testing, training, each with cats, dogs, owls and no image .*; allowed: a folder",
+    "no letters": r"the name of a folder, 'caf\\udce9', is not UTF-8: rename it",
     "unknown part": "pets holds train/ and 'cats'; allowed beside train/: val/, test/",
 }
 

@@ -304,18 +304,19 @@ class Folder:
     def __str__(self) -> str:
         n, size = sum(map(sum, self.counts.values())), f"{self.height}×{self.width} pixels"
         if set(self.sizes) != {(self.height, self.width)}:
-            low, high = ("×".join(map(str, end(self.sizes, key=np.prod))) for end in (min, max))
-            size += f" (cut to that shape and resized; they had {low} to {high})"
+            had = ["×".join(map(str, end(self.sizes, key=np.prod))) for end in (min, max)][: len(self.sizes)]
+            size += f" (cut to that shape and resized; they had {' to '.join(had)})"
         colour = "grey" if self.channels == 1 else "colour"
-        text = f"{self.path.name}: {n:,} images of {len(self.classes)} classes, {colour}, {size}"
-        left_out = f"; {len(self.broken)} left out that can't be read: {_first(self.broken)}" if self.broken else ""
+        classes = f"{len(self.classes)} classes ({_first(self.classes)})"
+        text = f"{self.path.name}: {n:,} images of {classes}, {colour}, {size}"
+        left_out = f"; {len(self.broken)} left out that can't be read: {_first(self.broken, 10)}" if self.broken else ""
         n_others = sum(self.others.values())
         others = f"; {n_others:,} of other kinds left out: {_first(sorted(self.others))}" if self.others else ""
         return text + left_out + others
 
 
 def _first(names, n: int = 3) -> str:
-    return ", ".join(names[:n]) + (", …" if len(names) > n else "")
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
 def _find(folder: Path) -> list[str]:
@@ -383,11 +384,23 @@ def _images_key(dataset: str) -> str:
     if dataset in _own_keys and _own_keys[dataset][0] is loader:
         return _own_keys[dataset][1]
     images = loader()
+    _check_alike(images)
     sha = hashlib.sha256(repr((images.name, images.licence, images.label_names)).encode())
     for array in (array for pair in (images.train, images.test, images.val) if pair for array in pair):
         sha.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
     _own_keys[dataset] = loader, sha.hexdigest()
     return _own_keys[dataset][1]
+
+
+def _check_alike(images: Images) -> None:
+    """Raises DataError where splits hold images of different shapes, or two labels have one name."""
+    shape, names = images.train[0].shape[1:], images.label_names
+    for split, pair in (("val", images.val), ("test", images.test)):
+        if pair is not None and pair[0].shape[1:] != shape:
+            found = f"{split} images of {images.name!r} have the shape {pair[0].shape[1:]}"
+            raise DataError(f"{found}; allowed: that of the training images, {shape}")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"label_names of {images.name!r} hold {twice[0]!r} twice; allowed: each once")
 
 
 _digests: dict[str, tuple[tuple, bytes]] = {}
@@ -452,7 +465,18 @@ def read_folder(path: str | Path, patch: int = 4) -> tuple[Folder, dict[str, tup
     files = _image_files(path)
     classes = tuple(next(iter(files.values())) if "all" in files else files["train"])
     if len(classes) < 2:
-        raise DataError(f"class folders in {path}: {_first(classes) or 'none'}; needed: two or more; {LAYOUT}")
+        hint = f"; is {path.parent} meant?" if any(_is_image(file.name) for file in path.iterdir()) else ""
+        raise DataError(f"class folders in {path}: {_first(classes) or 'none'}; needed: two or more; {LAYOUT}{hint}")
+    for name in (path.name, *classes):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"the name of a folder, {name!r}, is not UTF-8: rename it") from None
+    inner = {tuple(p.name for p in _sub_folders(path / name)) for name in classes} if "all" in files else set()
+    beside = any(Path(file).parent.parent == path for file in files.get("all", {}).get(classes[0], []))
+    if len(inner) == 1 and len(min(inner)) > 1 and not beside:
+        words = f"{_first(classes)}, each with {_first(min(inner))} and no image beside these"
+        raise DataError(f"class folders in {path}: {words}; {LAYOUT}")
     for part, by_class in files.items():
         for name in sorted(by_class.keys() ^ set(classes)):
             raise DataError(f"{path}: class {name!r} has to be in train/ and {part}/, or in neither")
