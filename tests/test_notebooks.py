@@ -107,7 +107,8 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
         "cost.generation cost.hypernetwork cost.one_width text text.task source.width "
         "longer.universal longer.hypernetwork longer.specialists longer.source longer.gap "
         "brings.start.kept brings.start.free brings.objective.trained brings.objective.random brings.again.start.kept "
-        "brings.again.start.free brings.again.objective.trained brings.again.objective.random"
+        "brings.again.start.free brings.again.objective.trained brings.again.objective.random hyper.form "
+        "hyper.projected"
     ).split()
     of_two_sizes = (
         "conditioning.LearnedID conditioning.SupportSet conditioning.Features conditioning.Attributes "

@@ -61,9 +61,17 @@ class Images:
     val: tuple[np.ndarray, np.ndarray] | None = None  # None: held back from `train`
 
     def __post_init__(self):
+        names = self.label_names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"label_names of {self.name!r} hold {twice[0]!r} twice; allowed: each once")
         for split, pair in (("train", self.train), ("val", self.val), ("test", self.test)):
-            if pair is not None and (wrong := _wrong(*pair, len(self.label_names))):
+            if pair is None:
+                continue
+            if wrong := _wrong(*pair, len(names)):
                 raise DataError(f"{split} images of {self.name!r}: {wrong}")
+            if pair[0].shape[1:] != (shape := self.train[0].shape[1:]):
+                found = f"{split} images of {self.name!r} have the shape {pair[0].shape[1:]}"
+                raise DataError(f"{found}; allowed: that of the training images, {shape}")
 
 
 def _wrong(x: np.ndarray, y: np.ndarray, n_labels: int) -> str:
@@ -384,23 +392,11 @@ def _images_key(dataset: str) -> str:
     if dataset in _own_keys and _own_keys[dataset][0] is loader:
         return _own_keys[dataset][1]
     images = loader()
-    _check_alike(images)
     sha = hashlib.sha256(repr((images.name, images.licence, images.label_names)).encode())
     for array in (array for pair in (images.train, images.test, images.val) if pair for array in pair):
         sha.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
     _own_keys[dataset] = loader, sha.hexdigest()
     return _own_keys[dataset][1]
-
-
-def _check_alike(images: Images) -> None:
-    """Raises DataError where splits hold images of different shapes, or two labels have one name."""
-    shape, names = images.train[0].shape[1:], images.label_names
-    for split, pair in (("val", images.val), ("test", images.test)):
-        if pair is not None and pair[0].shape[1:] != shape:
-            found = f"{split} images of {images.name!r} have the shape {pair[0].shape[1:]}"
-            raise DataError(f"{found}; allowed: that of the training images, {shape}")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"label_names of {images.name!r} hold {twice[0]!r} twice; allowed: each once")
 
 
 _digests: dict[str, tuple[tuple, bytes]] = {}
