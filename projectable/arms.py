@@ -157,7 +157,7 @@ COST = {
 }
 # of the notebook on hypernetworks: other forms of maps (orthonormal ones make no weights), and more task dimensions
 HYPERNETWORKS = {
-    f"hypernetwork_{name}": Arm(f"hypernetwork of {name} maps", "hypernetwork", options=dict(family=name))
+    f"hypernetwork_{name}": Arm(f"hypernetwork, {name} form", "hypernetwork", options=dict(family=name))
     for name in ("LowRank", "LowRankMLP", "Kronecker", "Mixture")
 }
 HYPERNETWORKS["hypernetwork_z16"] = Arm(

@@ -186,9 +186,9 @@ def modulated(w: Weights, scale: Tensor, shift: Tensor, layers: int) -> Weights:
 class Hypernetwork(Model):
     """Generators that make the small weights themselves, from a learned task vector: no source behind them.
 
-    Every weight is W + Σ_k z_k B_k, W from the usual start and B from zero; gains and shifts of every read are
-    linear in z, as those of projected models are. What is deployed is as large as these. `family` is one of
-    `generators`. Raises ValueError for another.
+    All weights, and gains and shifts of every read, come from generators of `family`, one of `generators`, over the
+    usual start; of `Linear` ones every weight is W + Σ_k z_k B_k, B from zero. What is deployed is as large as projected
+    models are. Raises ValueError for another family.
     """
 
     def __init__(self, shape: Shape, n_tasks: int, z_dim: int = 8, family: str = "Linear"):
