@@ -187,8 +187,8 @@ class Hypernetwork(Model):
     """Generators that make the small weights themselves, from a learned task vector: no source behind them.
 
     All weights, and gains and shifts of every read, come from generators of `family`, one of `generators`, over the
-    usual start; of `Linear` ones every weight is W + Σ_k z_k B_k, B from zero. What is deployed is as large as projected
-    models are. Raises ValueError for another family.
+    usual start; of `Linear` ones every weight is W + Σ_k z_k B_k, B from zero. What is deployed is as large as
+    projected models are. Raises ValueError for another family.
     """
 
     def __init__(self, shape: Shape, n_tasks: int, z_dim: int = 8, family: str = "Linear"):

@@ -254,6 +254,10 @@ def _markdown():
                 return mathml(body, "block")
             return mathml(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
 
+        def heading(self, text, level, **attributes):
+            slug = re.sub(r"[^\w\- ]", "", re.sub(r"<[^>]+>", "", text)).strip().lower().replace(" ", "-")
+            return f'<h{level} id="{slug}">{text}</h{level}>\n'
+
         def table(self, text):
             return f'<div class="scroll"><table>{text}</table></div>'
 
@@ -272,6 +276,7 @@ def words_html(title: str, markdown: str, folder: Path) -> str:
     renderer, parser = _markdown()
     body = parser(renderer=renderer(escape=False, embed_images=True, exclude_anchor_links=True, path=str(folder)))
     _, _, rest = markdown.lstrip().partition("\n")
+    rest = re.sub(r"\(\.\./notebooks/(\w+)\.ipynb\)", r"(\1.html)", rest)  # to pages, as these are
     return _template("words.html.j2").render(title=title, css=_css(), body=body.render(rest))
 
 
@@ -410,8 +415,9 @@ def notebook_html(
     claims: Sequence[dict] = (),
     previous: tuple[str, str] | None = None,
     next: tuple[str, str] | None = None,
+    made_by: str = "",
 ) -> str:
-    """The page of an executed notebook: what was found of its `claims` comes first.
+    """The page of an executed notebook: what was found of its `claims` comes first; `made_by` a commit.
 
     `folder` is where its markdown's pictures are looked up; `previous` and `next`, name and title of other pages.
     """
@@ -423,6 +429,7 @@ def notebook_html(
         f"run by commit {status['commit']}",
         when(status["finished"]),
         trained_by(claims),
+        f"page made by commit {made_by}" if made_by not in ("", status["commit"]) else "",
     ]
     page = {
         "css": _css(),
@@ -467,7 +474,8 @@ FIGURES = {
     r"source\.masked": "source_masked",
     r"source\.mixture": "source_mixture",
     r"cost\.generation": "",
-    r"cost\.(hypernetwork|one_width)": "compute",
+    r"cost\.hypernetwork": "compute",
+    r"cost\.(one_width|break_even)": "",
     r"longer\.kept": "",
     r"source\.kept_whole": "",
     r"generators\.source": "",
@@ -488,16 +496,16 @@ IN_SHORT = {  # the index's first table: questions under headings, each the id o
         "direct.examples": "specialists from scratch",
         "headline.hypernetwork": "a hypernetwork, no source behind it",
     },
-    "… that train on for the compute of source and projections": {
+    "… that are trained for the compute of source and projections": {
         "headline.matched": "the best universal model",
         "direct.compute": "specialists from scratch",
         "cost.hypernetwork": "a hypernetwork",
     },
     "… elsewhere": {
         "longer.universal": "the best universal model, four times the steps",
-        "scarce.glyphs.n25": "the best rival on letters of unseen scripts, 25 images each",
-        "scarce.classes.n25": "the best rival on unseen classes, 25 images each",
-        "text": "the best universal model on text",
+        "scarce.glyphs.n25": "the best rival on letters of unseen scripts, 25 images each (short runs, linear maps)",
+        "scarce.classes.n25": "the best rival on unseen classes, 25 images each (short runs, linear maps)",
+        "text": "the best universal model on text, nats per character (short runs)",
     },
     "What explains it": {
         "explained.maps": "maps that depend on the task",
@@ -506,11 +514,11 @@ IN_SHORT = {  # the index's first table: questions under headings, each the id o
 }
 SETTINGS = {
     "laptop": "Fashion-MNIST, its ten classes as tasks, an image as 49 tokens out of 128; a source of width 64 with 2 "
-    "layers; small models of width 8, 16 and 32; 5 seeds where nothing else is said.",
+    "layers; small models of width 8, 16 and 32; 5 seeds for the headline.",
     "gpu": "Fashion-MNIST, its ten classes as tasks, an image as 49 tokens out of 256; a source of width 128 with 3 "
     "layers; small models of width 8, 16, 32 and 64; 3 seeds.",
 }
-KINDS = {"claims_another_run.csv": "the comparison run", "claims_third_run.csv": "a third run, on other machines"}
+KINDS = {"claims_another_run.csv": "the comparison run", "claims_third_run.csv": "a third run"}
 
 
 def in_short(claims: Sequence[dict]) -> tuple[list[int], list[tuple[str, list[tuple[str, list[dict | None]]]]]]:

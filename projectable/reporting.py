@@ -381,6 +381,7 @@ def render(path: Path, status: Status, among: Sequence[str] = ()) -> None:
         _read_json(reports / "results" / "claims" / f"{status.notebook}.json", []),
         previous=(names[at - 1], titles[names[at - 1]]) if at > 0 else None,
         next=(names[at + 1], titles[names[at + 1]]) if at + 1 < len(names) else None,
+        made_by=current_commit(),
     )
     write_atomically(reports / f"{path.stem}.html", html)
     status.write()

@@ -368,7 +368,7 @@ def test_the_index_finds_every_run_that_is_kept(project):
     reporting.build_index("laptop")
     html = (project / "reports/index.html").read_text()
     assert "Beside the comparison run: 1 of 1 verdicts are the same" in html
-    assert "Beside a third run, on other machines: 0 of 1 verdicts are the same" in html
+    assert "Beside a third run: 0 of 1 verdicts are the same" in html
 
 
 def test_unknown_names_are_errors_that_list_the_allowed(project):
@@ -486,6 +486,9 @@ def test_a_page_begins_with_what_was_found():
     assert cells == [("width 8", "✗ −0.012"), ("width 16", "? 0.200"), ("width 32", "? 12.3")]
     assert "<small>gap</small>" in top and pages.LEGEND in top, "a unit that is not nats per token is said"
     assert "trained by commit abc" in html
+    again = status | dict(commit="old")
+    assert "page made by" not in html and "page made by" not in pages.notebook_html(nb, again, Path("."), made_by="old")
+    assert "page made by commit new" in pages.notebook_html(nb, again, Path("."), made_by="new")
     assert 'class="outcome"' not in pages.notebook_html(nb, status, Path("."))
 
 
@@ -516,10 +519,11 @@ def test_the_index_begins_with_a_table_of_what_was_found(tmp_path):
     assert widths == [8, 16, 32] and len(groups) == 2
     html = pages.index_html("laptop", claims, [], tmp_path, [])
     table = html.partition('<table class="grid">')[2].partition("</table>")[0]
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr")[2:]]
-    shown = [[re.sub(r"<[^>]+>", "", cell) for cell in row] for row in rows if row]
-    assert shown == [["the best universal model", "✓ 0.111", "", "? 0.020"]] * 1 + [
-        ["the best universal model", "", "✗ −0.050", ""]
+    rows = [re.findall(r"<t[hd](?: scope=.row.)?>(.*?)</t[hd]>", row) for row in table.split("<tr")[2:]]
+    shown = [[re.sub(r"<[^>]+>", "", cell) for cell in row] for row in rows if len(row) == 4]
+    assert shown == [
+        ["the best universal model 5 seeds", "✓ 0.111", "", "? 0.020"],
+        ["the best universal model 5 seeds", "", "✗ −0.050", ""],
     ]
     assert 'href="04_x.html" title="reproduced: 0.111 [0.100, 0.300]"' in table
     assert 'id="short"' not in pages.index_html("laptop", claims[-1:], [], tmp_path, [])
@@ -561,11 +565,15 @@ def test_a_column_of_numbers_has_as_many_decimals():
 
 def test_words_become_a_page_that_loads_nothing(project):
     (project / "reports").mkdir()
-    (project / "reports/findings.md").write_text("# What was found\n\nA [page](04_x.html), $x$, 5 **bold**.\n")
+    (project / "reports/findings.md").write_text(
+        "# What was found\n\nA [page](04_x.html), $x$, 5 **bold**, [another](../notebooks/03_y.ipynb).\n\n"
+        "## The paper's claims\n"
+    )
     reporting.build_index("laptop")
     html = (project / "reports/findings.html").read_text()
     assert 'href="04_x.html"' in html and "<math" in html and "<strong>bold</strong>" in html
     assert html.count("What was found</h1>") == 1 and Addresses(html).loaded == []
+    assert '<h2 id="the-papers-claims">' in html and 'href="03_y.html"' in html
     claim = dict(id="c", claim="x", statistic="gap", value=0.1, ci_low=0.0, ci_high=0.2, seeds=3, notebook="00_a")
     (project / "reports/claims.json").write_text(json.dumps([claim | dict(commit="a", verdict="inconclusive")]))
     reporting.build_index("laptop")

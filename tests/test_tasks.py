@@ -168,6 +168,12 @@ def test_a_folder_without_its_prefix_is_told_how(tmp_path):
         load_images(str(tmp_path))
 
 
+@pytest.mark.parametrize("argument", ["vocab_size", "patch"])
+def test_no_code_and_no_patch(argument):
+    with pytest.raises(ValueError, match=f"{argument}=0; allowed: 1 or more"):
+        make_tasks("digits", **ARGUMENTS | {argument: 0})
+
+
 @pytest.mark.parametrize("n_clusters", [0, 1239])
 def test_no_cluster_and_more_clusters_than_images(n_clusters):
     message = f"clusters{n_clusters} of 1238 training images; allowed: clusters1 to clusters1238"

@@ -214,6 +214,9 @@ def make_tasks(
 
     Raises ValueError naming the allowed values; DataError where images are missing or too few.
     """
+    for name, value, least in (("vocab_size", vocab_size, 1), ("patch", patch, 1), ("val_per_class", val_per_class, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value}; allowed: {least} or more")
     if scarce := re.fullmatch(FEW, tasks):
         whole = make_tasks(dataset, scarce[1], vocab_size, patch, val_per_class)
         return few(whole, int(scarce[2]), int(scarce[3] or 0))

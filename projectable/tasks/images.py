@@ -292,6 +292,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".t
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # what Pillow may take a file for
 LARGEST, USUAL = 64, 32  # pixels: images of one size up to the first stay as they are; others get about the second
 PARTS = ("train", "val", "test")  # in small or large letters
+LIKE_PARTS = {*PARTS, "training", "valid", "validation", "dev", "eval", "evaluation", "testing"}  # no classes
 LAYOUT = "allowed: a folder with a folder of images for each class, or such folders in train/ (and val/, test/)"
 
 
@@ -468,11 +469,8 @@ def read_folder(path: str | Path, patch: int = 4) -> tuple[Folder, dict[str, tup
             name.encode()
         except UnicodeEncodeError:
             raise DataError(f"the name of a folder, {name!r}, is not UTF-8: rename it") from None
-    inner = {tuple(p.name for p in _sub_folders(path / name)) for name in classes} if "all" in files else set()
-    beside = any(Path(file).parent.parent == path for file in files.get("all", {}).get(classes[0], []))
-    if len(inner) == 1 and len(min(inner)) > 1 and not beside:
-        words = f"{_first(classes)}, each with {_first(min(inner))} and no image beside these"
-        raise DataError(f"class folders in {path}: {words}; {LAYOUT}")
+    if "all" in files and {name.lower() for name in classes} <= LIKE_PARTS:
+        raise DataError(f"class folders in {path}: {_first(classes)}, which sound like parts; {LAYOUT}")
     for part, by_class in files.items():
         for name in sorted(by_class.keys() ^ set(classes)):
             raise DataError(f"{path}: class {name!r} has to be in train/ and {part}/, or in neither")
