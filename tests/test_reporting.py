@@ -413,7 +413,7 @@ def test_a_claim_is_shown_by_its_own_figure(tmp_path):
         "headline.d8",
         "headline.distilled.d8",
         "headline.clusters.d8",
-        "cost.break_even",
+        "direct.examples.d8",
         "cost.generation.d8",
         "other",
     )
@@ -522,8 +522,8 @@ def test_the_index_begins_with_a_table_of_what_was_found(tmp_path):
     rows = [re.findall(r"<t[hd](?: scope=.row.)?>(.*?)</t[hd]>", row) for row in table.split("<tr")[2:]]
     shown = [[re.sub(r"<[^>]+>", "", cell) for cell in row] for row in rows if len(row) == 4]
     assert shown == [
-        ["the best universal model 5 seeds", "✓ 0.111", "", "? 0.020"],
-        ["the best universal model 5 seeds", "", "✗ −0.050", ""],
+        ["the best universal model 5&nbsp;seeds", "✓ 0.111", "", "? 0.020"],
+        ["the best universal model 5&nbsp;seeds", "", "✗ −0.050", ""],
     ]
     assert 'href="04_x.html" title="reproduced: 0.111 [0.100, 0.300]"' in table
     assert 'id="short"' not in pages.index_html("laptop", claims[-1:], [], tmp_path, [])
