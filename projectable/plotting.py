@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -362,6 +361,8 @@ def matrix(data, label: str = "", diagonal: bool = False, xlabel: str = "", ylab
 
     `diagonal`: frame what lies on it.
     """
+    import seaborn as sns  # a second, for one kind of figure
+
     data = pd.DataFrame(data)
     rows, columns = data.shape
     fig, (ax,) = _panels(1, 8.0, 1.6 + 0.5 * rows)
