@@ -554,7 +554,7 @@ Family = tuple[str, str, list[tuple[str, dict]]]  # words, statistic, (“width 
 def claim_families(claims: Sequence[dict], whole: bool = False) -> list[Family]:
     """Claims that differ in width and number of images only, together.
 
-    Apart where their statistics differ, as the arms do that were chosen; `whole`: together, without a statistic then.
+    Apart where their statistics differ, as the arms do that were chosen; `whole`: together, the statistic empty then.
     """
     ending = re.compile(r"(?:\.n(\d+))?(?:\.(?:d(\d+)|(\d+_\d+)))?$")  # of an id: .n5.d8, .8_16
     families: dict[tuple[str, str], list[dict]] = {}

@@ -415,16 +415,14 @@ def build_index(profile: str) -> None:
 def another_run(claims: list[dict], path: Path) -> dict:
     """These claims beside those of another run, kept in a CSV (id, value, ci_low, ci_high, verdict, commit).
 
-    `file`: its name; `both`: how many claims have both; `changed`: pairs of claims whose verdict differs; `commits` of
-    the other run.
+    `file`: its name; `both`: how many claims have both; `changed`: pairs of claims whose verdict differs.
     """
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     numbers = ("value", "ci_low", "ci_high")
     there = {row["id"]: row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows}
     pairs = [(claim, there[claim["id"]]) for claim in claims if claim["id"] in there]
     changed = [(claim, other) for claim, other in pairs if claim["verdict"] != other["verdict"]]
-    commits = sorted({commit for _, other in pairs for commit in other["commit"].split(", ")})
-    return dict(file=path.name, both=len(pairs), changed=changed, commits=commits)
+    return dict(file=path.name, both=len(pairs), changed=changed)
 
 
 def write_readme_claims() -> None:

@@ -295,7 +295,7 @@ def test_the_index_tells_what_differs_from_another_run(tmp_path):
     there.loc[there.id == "c2", ["verdict", "value", "ci_low", "ci_high"]] = "inconclusive", -0.25, None, None
     there.to_csv(tmp_path / "other.csv")
     other = reporting.another_run(here, tmp_path / "other.csv")
-    assert other["both"] == 2 and other["commits"] == ["old"]
+    assert other["both"] == 2
     assert [(a["id"], b["verdict"], b["value"], b["ci_low"]) for a, b in other["changed"]] == [
         ("c2", "inconclusive", -0.25, None)
     ]
