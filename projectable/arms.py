@@ -168,6 +168,14 @@ BRINGS = {
     "source_tuned": _projected("source tuned for the projections alone", source_mode="tuned"),
     "bank_kept": _projected("random source with the source's objective", source_mode="random_kept"),
 }
+# of the notebook on a source that is there already: a rival that starts from it, too, with the projections' compute
+GIVEN = {
+    "cut_start_matched": replace(
+        DIRECT["cut_start"],
+        words="cut from the source that projections start from, tuned, the projections' compute",
+        steps="matched",
+    )
+}
 # of the notebook on stability: other generators over one and the same source
 STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True)}
 # of the notebook on generators: one factor at a time around linear maps
@@ -221,8 +229,8 @@ SUPPORTED = {
 }
 # of the notebook on the source: another rival of the same deployed size, and another family of Transformers
 MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", max_seeds=3)}
-EVERY = ARMS | DIRECT | COST | HYPERNETWORKS | BRINGS | STABILITY | FAMILIES | BANKS | FACTORS | ALONE | DEPTHS
-EVERY |= CONDITIONED | SUPPORTED | MIXTURES
+EVERY = ARMS | DIRECT | COST | HYPERNETWORKS | BRINGS | GIVEN | STABILITY | FAMILIES | BANKS | FACTORS
+EVERY |= ALONE | DEPTHS | CONDITIONED | SUPPORTED | MIXTURES
 # arms of a masked study: those that make sense without an order, so no task token
 MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected", *UNIVERSALS[1:])}
 
