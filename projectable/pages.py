@@ -486,6 +486,10 @@ FIGURES = {
     r"brings\.again": "brings_again",
     r"longer\.(hypernetwork|specialists|source)": "longer",
     r"longer\.(universal|widens|gap)": "longer_gap",
+    r"given\.compute": "given_compute",
+    r"given\.(random|fades)": "given_source",
+    r"given\.kept": "",
+    r"given": "given_gaps",
 }
 
 

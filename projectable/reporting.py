@@ -172,15 +172,15 @@ class Report:
         record = {"id": id, "claim": claim, **found, **run, "notebook": self.notebook}
         self.claims = [old for old in self.claims if old["id"] != id] + [_plain(record)]
         write_results(self.reports / "results" / "claims" / f"{self.notebook}.json", self.claims)
-        merge_claims(self.profile)
 
     def claims_table(self):
-        """The notebook's claims, styled: the cell's last line shows them.
+        """The notebook's claims, styled, which join those of the others: the cell's last line shows them.
 
         Claims that differ only in width or number of images share a row.
         """
         from IPython.display import HTML
 
+        merge_claims(self.profile)
         return HTML(pages.claims_html([("", self.claims)]))
 
     def record(self, key: str, value) -> None:

@@ -97,7 +97,7 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
     expected = {f"headline.d{s}" for s in SMOKE.sizes} | {f"headline.specialists.d{s}" for s in SMOKE.sizes}
     expected |= {f"headline.widens.{small}_{middle}", f"headline.widens.{middle}_{large}", "source.kept"}
     expected |= {f"headline.{of}.d{s}" for of in ("distilled", "matched", "hypernetwork", "each") for s in SMOKE.sizes}
-    expected |= {"source.kept_whole", "longer.kept"}
+    expected |= {"source.kept_whole", "longer.kept", "given.kept"}
     expected |= {f"headline.few_dims.d{small}", f"headline.clusters.d{small}"}
     expected |= {f"explained.{what}.d{s}" for what in EXPLAINED for s in SMOKE.sizes}
     by_size = (
@@ -108,7 +108,8 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
         "longer.universal longer.hypernetwork longer.specialists longer.source longer.gap "
         "brings.start.kept brings.start.free brings.objective.trained brings.objective.random brings.again.start.kept "
         "brings.again.start.free brings.again.objective.trained brings.again.objective.random hyper.form "
-        "hyper.projected"
+        "hyper.projected given.universal given.hypernetwork given.specialists given.cut given.random given.fades given.frozen "
+        "given.compute.universal given.compute.hypernetwork given.compute.specialists given.compute.cut"
     ).split()
     of_two_sizes = (
         "conditioning.LearnedID conditioning.SupportSet conditioning.Features conditioning.Attributes "
@@ -181,6 +182,12 @@ def test_what_notebooks_record_is_what_their_tables_say(reports):
         ("masked", "source.masked", "universal", "projected"),
         ("mixture", "source.mixture", "hard_mixture", "projected"),
         ("text", "text.task", "static_token", "projected"),
+        (
+            "given_compute",
+            "given.compute.cut",
+            "cut from the source that projections start from, tuned, equal compute",
+            "projected",
+        ),
         ("captions", "multimodal", "universal", "projected"),
     ],
 )
@@ -209,6 +216,27 @@ def test_claims_of_further_notebooks_follow_from_their_tables(reports):
     same = pd.read_csv(reports / "results" / "same_loss.csv")
     assert set(same.d_s) == set(SMOKE.sizes) and (same.groupby("d_s").size() == 3).all()
     assert ((same.as_good > 0) | (same.seconds == math.inf)).all() and (same.whole_run > 0).all()
+    given = (
+        pd.read_csv(reports / "results" / "given_by_seed.csv")
+        .set_index(["step", "arm", "d_s", "seed"])
+        .loss.sort_index()
+    )
+    first, steps, last = sorted(set(given.index.get_level_values("step")))
+    worth = {n: given[n, "bank_kept"] - given[n, "projected"] for n in (first, steps, last)}
+    for s in SMOKE.sizes:
+        assert claims[f"given.random.d{s}"]["value"] == pytest.approx(worth[steps][s].mean(), abs=1e-4)
+        fades = (worth[first] - worth[last])[s].mean()
+        assert claims[f"given.fades.d{s}"]["value"] == pytest.approx(fades, abs=1e-4)
+    change = given[steps, "projected: source"] / given[steps, "source"] - 1
+    assert claims["given.kept"]["value"] == pytest.approx(change.mean(), abs=1e-4)
+    trials = pd.read_csv(reports / "results" / "given_trials.csv").set_index("arm").step
+    matched = recorded(reports, "19_source_given")["steps_at_equal_compute"]
+    assert set(trials["cut_start_matched"]) == {matched[0]} and set(trials["hypernetwork"]) == {
+        first,
+        steps,
+        last,
+        matched[1],
+    }
     families = pd.read_csv(reports / "results" / "families.csv")
     assert set(families.family) == {"Linear", "Slice", "LowRank", "LowRankMLP", "Kronecker", "Orthonormal", "Mixture"}
     lean, full = (families[families.family == name].maps.sum() for name in ("LowRank", "Linear"))

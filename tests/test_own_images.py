@@ -523,9 +523,12 @@ def test_the_notebook_takes_a_folder(tmp_path, monkeypatch):
     assert (found["images"], found["broken"], found["size"]) == (120, 1, [8, 8, 3])
     losses = pd.read_csv(results / "own_losses.csv").set_index("class")
     assert list(losses.index) == ["cats", "dogs", "owls", "mean"]
-    for arm in ("projected", "specialists", "universal_additive", "source"):
+    for arm in ("projected", "specialists", "universal_additive", "hypernetwork", "source"):
         assert losses[arm]["mean"] == pytest.approx(losses[arm][:3].mean(), abs=1e-4)
         assert losses[arm]["mean"] == pytest.approx(found[f"test_{arm}"], abs=1e-4) and losses[arm]["mean"] < np.log(32)
+    ways = pd.read_csv(results / "own_ways.csv").set_index("arm")
+    assert ways.loss["hypernetwork"] == pytest.approx(losses.hypernetwork["mean"], abs=1e-4)
+    assert ways.compute["projected"] == 1 > ways.compute["hypernetwork"] > ways.compute["universal_additive"] > 0
     counts = pd.read_csv(results / "own_counts.csv")
     assert counts["left out"].tolist() == [0, 0, 1] and counts["images (all)"].tolist() == [40, 40, 40]
     model = load(own / "own_model")

@@ -441,10 +441,13 @@ def test_claims_merge_in_order_and_a_rerun_replaces(project):
     claim(second, "z")
     claim(first, "y")
     claim(first, "x", value=np.float32("nan"))
+    first.claims_table()
     read = lambda: json.loads((project / "reports/claims.json").read_text())  # noqa: E731
     assert [c["id"] for c in read()] == ["y", "x", "z"]
     assert read()[1]["value"] is None
-    claim(Report("00_a", "laptop"), "y", "reproduced")
+    again = Report("00_a", "laptop")
+    claim(again, "y", "reproduced")
+    again.claims_table()
     assert [(c["id"], c["verdict"]) for c in read()] == [("y", "reproduced"), ("z", "inconclusive")]
     with pytest.raises(ValueError, match="'confirmed'.*allowed: reproduced, inconclusive, not reproduced"):
         claim(first, "w", "confirmed")
