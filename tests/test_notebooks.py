@@ -108,8 +108,8 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
         "longer.universal longer.hypernetwork longer.specialists longer.source longer.gap "
         "brings.start.kept brings.start.free brings.objective.trained brings.objective.random brings.again.start.kept "
         "brings.again.start.free brings.again.objective.trained brings.again.objective.random hyper.form "
-        "hyper.projected given.universal given.hypernetwork given.specialists given.cut given.random given.fades given.frozen "
-        "given.compute.universal given.compute.hypernetwork given.compute.specialists given.compute.cut"
+        "hyper.projected given.universal given.hypernetwork given.specialists given.cut given.random given.fades "
+        "given.frozen given.compute.universal given.compute.hypernetwork given.compute.specialists given.compute.cut"
     ).split()
     of_two_sizes = (
         "conditioning.LearnedID conditioning.SupportSet conditioning.Features conditioning.Attributes "
