@@ -41,10 +41,9 @@ class Arm:
 
     words: str  # as a legend shows it
     model: str
-    # source (the source alone), joint, both (as many examples as source and joint), half, matched (as much compute as
-    # source and projections of all sizes), alone (one size, as much as source and projections of that size alone), a
-    # share of both, or none: one at a rate of zero
-    steps: str | float = "both"
+    # source (the source alone), joint, a share of both together, matched (as much compute as source and projections of
+    # all sizes), alone (one size, as much as source and projections of that size alone), or none: one at a rate of zero
+    steps: str | float = 1.0
     start: str = ""  # the arm whose run it starts from
     options: dict = field(default_factory=dict)
     max_seeds: int | None = None  # fewer seeds for arms that train long or came later; claims say how many
@@ -105,7 +104,7 @@ ARMS = {
     "universal_matched": Arm("best universal, the projections' compute", "universal", "matched", max_seeds=3),
     "hypernetwork": Arm("hypernetwork without a source", "hypernetwork"),
     "specialists": Arm("specialists from scratch", "specialists"),
-    "specialists_tuned": Arm("specialists, tuned from the best universal", "specialists", "half", "universal"),
+    "specialists_tuned": Arm("specialists, tuned from the best universal", "specialists", 0.5, "universal"),
     "projected": _projected("projected"),
     "projected_few_dims": _projected("projected, task vectors of 3 dimensions", only=0, z_dim=3),
     "static_token": _projected("one map for all tasks (StaticToken)", static="Static"),
@@ -136,10 +135,8 @@ DIRECT |= {
     "cut": Arm("cut from the fully trained source", "cut", "none", "source_control", **_CUT),
     "cut_tuned": Arm("cut from the fully trained source, tuned", "cut", "joint", "source_control", **_CUT),
     "cut_start": Arm("cut from the source that projections start from, tuned", "cut", "joint", "source", **_CUT),
-    "source_half": Arm("source alone, half of the steps", "source", "half", options=_SOURCE, max_seeds=3),
-    "cut_half": Arm(
-        "cut from a source of half the steps, tuned for the other half", "cut", "half", "source_half", **_CUT
-    ),
+    "source_half": Arm("source alone, half of the steps", "source", 0.5, options=_SOURCE, max_seeds=3),
+    "cut_half": Arm("cut from a source of half the steps, tuned for the other half", "cut", 0.5, "source_half", **_CUT),
     "cut_matched": Arm(
         "cut from the fully trained source, tuned, the projections' compute", "cut", "matched", "source_control", **_CUT
     ),
@@ -147,13 +144,6 @@ DIRECT |= {
 DIRECT |= {
     f"tuned_{share:g}": Arm(f"projected, then {share:.0%} of the steps", "tuned", share, "projected", max_seeds=3)
     for share in (0.01, 0.1, 1.0)
-}
-# of the notebook on cost: rivals with the projections' compute, of all widths and of one
-COST = {
-    "hypernetwork_matched": Arm("hypernetwork, the projections' compute", "hypernetwork", "matched", max_seeds=3),
-    "universal_alone": Arm(
-        "best universal, the compute of projecting to its width alone", "universal", "alone", max_seeds=3
-    ),
 }
 # of the notebook on hypernetworks: other forms of maps (orthonormal ones make no weights), and more task dimensions
 HYPERNETWORKS = {
@@ -163,21 +153,6 @@ HYPERNETWORKS = {
 HYPERNETWORKS["hypernetwork_z16"] = Arm(
     "hypernetwork, task vectors of 16 dimensions", "hypernetwork", options=dict(z_dim=16)
 )
-# of the notebook on what the source brings: with and without its own objective, trained before or not
-BRINGS = {
-    "source_tuned": _projected("source tuned for the projections alone", source_mode="tuned"),
-    "bank_kept": _projected("random source with the source's objective", source_mode="random_kept"),
-}
-# of the notebook on a source that is there already: a rival that starts from it, too, with the projections' compute
-GIVEN = {
-    "cut_start_matched": replace(
-        DIRECT["cut_start"],
-        words="cut from the source that projections start from, tuned, the projections' compute",
-        steps="matched",
-    )
-}
-# of the notebook on stability: other generators over one and the same source
-STABILITY = {"generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True)}
 # of the notebook on generators: one factor at a time around linear maps
 _OTHER_FAMILIES: dict[str, dict] = {
     # steps as in `MAPS`
@@ -186,12 +161,6 @@ _OTHER_FAMILIES: dict[str, dict] = {
     if name != "Linear" and not issubclass(family, generators.Static)
 }
 FAMILIES = {f"family_{name}": _projected(f"{name} maps", **options) for name, options in _OTHER_FAMILIES.items()}
-BANKS = {
-    f"bank_{name}": _projected(
-        f"{name} maps, random source, trained", max_seeds=3, source_mode="random_trained", **options
-    )
-    for name, options in _OTHER_FAMILIES.items()
-}
 _LINEAR: dict = dict(max_seeds=3, family="Linear")
 FACTORS = {
     "layout_per_matrix": _projected("separate maps for each matrix", z_dim=8, layout="per_matrix", **_LINEAR),
@@ -202,8 +171,6 @@ FACTORS = {
     "z_16": _projected("task vectors of 16 dimensions", z_dim=16, **_LINEAR),
 }
 ALONE = {f"alone_{i}": _projected(f"one size alone ({i})", max_seeds=3, only=i) for i in range(2)}
-# of the notebook on the source: fewer layers than it has
-DEPTHS = {f"depth_{n}": _projected(f"projected to {n} layers", max_seeds=3, n_layers=n) for n in (1, 2)}
 # of the notebook on conditionings: what the maps are told of a task
 _TOLD = {
     "NoID": "nothing",
@@ -217,8 +184,32 @@ CONDITIONED = {
     for name in conditioning.CONDITIONINGS
     if name != "LearnedID"
 }
-# of the notebook on transfer: rivals, and the random source, told of new tasks by their images
-SUPPORTED = {
+OTHERS = {
+    # of the notebook on cost: rivals with the projections' compute, of all widths and of one
+    "hypernetwork_matched": Arm("hypernetwork, the projections' compute", "hypernetwork", "matched", max_seeds=3),
+    "universal_alone": Arm(
+        "best universal, the compute of projecting to its width alone", "universal", "alone", max_seeds=3
+    ),
+    # of the notebook on what the source brings: with and without its own objective, trained before or not
+    "source_tuned": _projected("source tuned for the projections alone", source_mode="tuned"),
+    "bank_kept": _projected("random source with the source's objective", source_mode="random_kept"),
+    # of the notebook on a source that is there already: a rival that starts from it, too, with the projections' compute
+    "cut_start_matched": replace(
+        DIRECT["cut_start"],
+        words="cut from the source that projections start from, tuned, the projections' compute",
+        steps="matched",
+    ),
+    # of the notebook on stability: other generators over one and the same source
+    "generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True),
+    **{
+        f"bank_{name}": _projected(
+            f"{name} maps, random source, trained", max_seeds=3, source_mode="random_trained", **options
+        )
+        for name, options in _OTHER_FAMILIES.items()
+    },
+    # of the notebook on the source: fewer layers than it has
+    **{f"depth_{n}": _projected(f"projected to {n} layers", max_seeds=3, n_layers=n) for n in (1, 2)},
+    # of the notebook on transfer: rivals, and the random source, told of new tasks by their images
     "universal_support": Arm("universal, additive, told some of its images", "support_universal"),
     "universal_support_film": Arm(
         "universal, FiLM, told some of its images", "support_universal", options=dict(conditioning="film")
@@ -226,11 +217,10 @@ SUPPORTED = {
     "bank_support": _projected(
         "random source, trained, told some of its images", source_mode="random_trained", conditioning="SupportSet"
     ),
+    # of the notebook on the source: another rival of the same deployed size, and another family of Transformers
+    "hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", max_seeds=3),
 }
-# of the notebook on the source: another rival of the same deployed size, and another family of Transformers
-MIXTURES = {"hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", max_seeds=3)}
-EVERY = ARMS | DIRECT | COST | HYPERNETWORKS | BRINGS | GIVEN | STABILITY | FAMILIES | BANKS | FACTORS
-EVERY |= ALONE | DEPTHS | CONDITIONED | SUPPORTED | MIXTURES
+EVERY = ARMS | DIRECT | HYPERNETWORKS | FAMILIES | FACTORS | ALONE | CONDITIONED | OTHERS
 # arms of a masked study: those that make sense without an order, so no task token
 MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected", *UNIVERSALS[1:])}
 
@@ -413,8 +403,7 @@ class Study(Compared):
         if arm.model in ("universal", "distilled") and "conditioning" not in options:  # told as the best one is
             options["conditioning"] = dict(self.arms[self.best_universal(*sizes)].options)["conditioning"]
         both = p.source_steps + p.joint_steps
-        steps = {"source": p.source_steps, "joint": p.joint_steps, "both": both, "half": both // 2, "none": 1}
-        steps |= {"matched": 0, "alone": 0}  # set below
+        steps = {"source": p.source_steps, "joint": p.joint_steps, "none": 1, "matched": 0, "alone": 0}  # 0: see below
         n_steps = max(1, round(arm.steps * both)) if isinstance(arm.steps, float) else steps[arm.steps]
         if arm.start == "universal":  # shorter than the rival itself: both together see as many examples as all arms
             best = self.best_universal(*sizes)

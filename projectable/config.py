@@ -229,6 +229,8 @@ class RunConfig:
         if start.model not in allowed:
             kinds = " or ".join(map(repr, allowed))
             raise ValueError(f"start: model {start.model!r}; allowed for {self.model!r}: {kinds}")
+        if self.model == start.model and start.start is not None and start.start.model == "projectable":
+            raise ValueError("start: projections that are adapted already; allowed for 'adapted': the projections")
         if start.model.startswith("masked_") != self.model.startswith("masked_"):
             raise ValueError(f"start: model {start.model!r}; allowed for {self.model!r}: one that reads as it does")
         same = ("data", "d_source", "n_layers") if self.model in alike else ("n_layers",)

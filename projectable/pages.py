@@ -238,8 +238,8 @@ def mathml(latex: str, display: str) -> str:
         return f"<code>{escape(latex)}</code>"
 
 
-def _markdown():
-    """What makes HTML of Markdown: a renderer with MathML in place of MathJax, and the parser that takes it."""
+def markdown_html(words: str, folder: str | Path = "", attachments: dict | None = None) -> str:
+    """HTML of Markdown, with MathML in place of MathJax; `folder` is where its pictures are looked up."""
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
     class Renderer(IPythonRenderer):
@@ -268,39 +268,31 @@ def _markdown():
         def block_html(self, html):
             return super().block_html(html) if "<img" in html else html
 
-    return Renderer, MarkdownWithMath
+    about: dict = dict(escape=False, embed_images=True, exclude_anchor_links=True)
+    return MarkdownWithMath(renderer=Renderer(**about, path=str(folder), attachments=attachments or {})).render(words)
 
 
 def words_html(title: str, markdown: str, folder: Path) -> str:
     """A document of Markdown as a page; `folder` is where its pictures are looked up. Its first heading is left out."""
-    renderer, parser = _markdown()
-    body = parser(renderer=renderer(escape=False, embed_images=True, exclude_anchor_links=True, path=str(folder)))
     _, _, rest = markdown.lstrip().partition("\n")
     rest = re.sub(r"\(\.\./notebooks/(\w+)\.ipynb\)", r"(\1.html)", rest)  # to pages, as these are
-    return _template("words.html.j2").render(title=title, css=_css(), body=body.render(rest))
+    return _template("words.html.j2").render(title=title, css=_css(), body=markdown_html(rest, folder))
 
 
 def _exporter():
-    """nbconvert's HTML exporter with this folder as its template and MathML in place of MathJax."""
+    """nbconvert's HTML exporter with this folder as its template and `markdown_html`."""
     from jinja2 import pass_context
     from nbconvert import HTMLExporter
-
-    renderer_class, parser = _markdown()
+    from traitlets.config import Config
 
     class PageExporter(HTMLExporter):
         @pass_context
         def markdown2html(self, context, source):
-            cell, meta = context.get("cell", {}), context.get("resources", {}).get("metadata", {})
-            renderer = renderer_class(
-                escape=False,
-                embed_images=True,
-                exclude_anchor_links=True,
-                path=meta.get("path", ""),
-                attachments=cell.get("attachments", {}),
-            )
-            return parser(renderer=renderer).render(source)
+            folder = context["resources"]["metadata"]["path"]
+            return markdown_html(source, folder, context.get("cell", {}).get("attachments"))
 
     return PageExporter(
+        config=Config(CoalesceStreamsPreprocessor={"enabled": True}),  # progress bars in their last state
         template_name=TEMPLATES.name,
         extra_template_basedirs=[str(TEMPLATES.parent)],
         exclude_input_prompt=True,
@@ -321,11 +313,6 @@ def _css() -> str:
     light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
     ours = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{ours}"  # ours decides about backgrounds
-
-
-def last_states(text: str) -> str:
-    """What a terminal would show in the end: of lines overwritten by carriage returns only the last state."""
-    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
 
 
 def tables(html: str, fold: int = 40) -> str:
@@ -370,7 +357,7 @@ def _together(cells: list) -> list:
 
 
 def _tidy(nb):
-    """A copy without title and error cells; streams are merged, progress bars in their last state."""
+    """A copy without title and error cells."""
     import copy
 
     nb = copy.deepcopy(nb)
@@ -384,24 +371,9 @@ def _tidy(nb):
             cell.source = cell.source.lstrip().partition("\n")[2]  # the page's header shows it
             break
     nb.cells = _together(nb.cells)
-    for cell in nb.cells:
-        if cell.cell_type != "code":
-            continue
-        streams: dict = {}
-        outputs = []
-        for output in cell.outputs:
-            if output.output_type == "stream" and output.name in streams:
-                streams[output.name].text += output.text
-                continue
-            if output.output_type == "stream":
-                streams[output.name] = output
-            data = output.get("data", {})
-            if "text/html" in data:
-                data["text/html"] = tables(data["text/html"])
-            outputs.append(output)
-        for output in streams.values():
-            output.text = last_states(output.text)
-        cell.outputs = outputs
+    for output in (output for cell in nb.cells for output in cell.get("outputs", [])):
+        if "text/html" in (data := output.get("data", {})):
+            data["text/html"] = tables(data["text/html"])
     return nb
 
 

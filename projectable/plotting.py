@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from projectable.arms import EVERY
 from projectable.evaluation import t_interval
@@ -108,13 +108,16 @@ def _panels(count: int, width: float = 8.0, height: float = 4.5, sharey: bool = 
     return fig, list(axes[:count])
 
 
+def _ticks(ax, locator, words="{x:g}") -> None:
+    """Major ticks alone on the horizontal axis, and what is written at them."""
+    ax.xaxis.set(major_locator=locator, minor_locator=NullLocator(), major_formatter=words)
+
+
 def _size_axis(ax, sizes) -> None:
     """A log2 axis with a tick at each size."""
     sizes = sorted(set(sizes))
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_locator(FixedLocator(sizes))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    _ticks(ax, FixedLocator(sizes))
     ax.set_xlim(min(sizes) / 1.25, max(sizes) * 1.25)
 
 
@@ -135,9 +138,7 @@ def _rate_axis(ax) -> None:
     ax.set_xscale("log")
     low, high = ax.get_xlim()
     subs = (1, 2, 5) if high < 20 * low else (1, 3) if high < 100 * low else (1,)
-    ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
-    ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-    ax.xaxis.set_minor_locator(NullLocator())
+    _ticks(ax, LogLocator(subs=subs, numticks=20))
     ax.tick_params(axis="x", labelrotation=35)
     ax.set_xlabel("learning rate")
 
@@ -215,9 +216,7 @@ def learning_curves(
                 ax.plot(seeds["step"], seeds["loss"], "o", ms=3, alpha=0.5, color=look["color"], mec="none")
         if ticks is not None:
             ax.set_xscale("symlog", linthresh=min(tick for tick in ticks if tick > 0))
-            ax.xaxis.set_major_locator(FixedLocator(ticks))
-            ax.xaxis.set_major_formatter(lambda tick, _: f"{tick / 1000:g}k" if tick >= 1000 else f"{tick:g}")
-            ax.xaxis.set_minor_locator(NullLocator())
+            _ticks(ax, FixedLocator(ticks), lambda tick, _: f"{tick / 1000:g}k" if tick >= 1000 else f"{tick:g}")
         ax.set_xlabel(xlabel)
         if size is not None:
             ax.set_title(f"width {size}")
@@ -238,9 +237,7 @@ def loss_against_operations(df: pd.DataFrame) -> Figure:
     for operations, part in df.groupby("operations"):
         ax.annotate(f"{part['d_s'].iloc[0]:g}", (operations, part["loss"].max()), (0, 7), textcoords="offset points")
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}")
-    ax.xaxis.set_minor_locator(NullLocator())
+    _ticks(ax, LogLocator(subs=(1, 2, 5)), lambda x, _: f"{x / 1e6:g}")
     ax.set_xlabel("million multiply-adds an image (widths above the points)")
     ax.set_ylabel(LOSS)
     _legend(fig, [ax])
@@ -262,9 +259,7 @@ def loss_against_cost(df: pd.DataFrame, xlabel: str, unit: float = 1.0, own: boo
             ax.plot(part["cost"], part["loss"], "o", ms=3, alpha=0.6, color=look[arm]["color"])
             ax.plot(part["cost"].mean(), part["loss"].mean(), ls="", ms=8, label=label_of(arm), **look[arm])
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x / unit:g}")
-        ax.xaxis.set_minor_locator(NullLocator())
+        _ticks(ax, LogLocator(subs=(1, 2, 5)), lambda x, _: f"{x / unit:g}")
         ax.margins(x=0.15)
         ax.set_xlabel(xlabel)
         ax.set_title(f"width {size}")

@@ -114,10 +114,10 @@ def draft_of(path: Path) -> Iterator[Path]:
             draft.unlink()
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part. Raises WriteError."""
     with draft_of(path) as draft:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        draft.write_bytes(content.encode())
 
 
 def _digest(tensors: dict[str, Tensor], about: str) -> str:

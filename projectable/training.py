@@ -518,8 +518,6 @@ class Jobs:
                 raise ValueError(f"PROJECTABLE_SLURM={said!r}; allowed: a JSON object") from None
         self.executor.update_parameters(**parameters)
         self.threads = ThreadPoolExecutor(at_once if executor == "local" else 500)
-        self.jobs: set[Any] = set()
-        self.told: set[Any] = set()  # to end, once: a second signal stops submitit from ending it
         self.cancelled = Event()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
@@ -530,29 +528,21 @@ class Jobs:
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
         job = self.executor.submit(function, *arguments)
-        self.jobs.add(job)
         try:
             while not job.done():
                 if self.cancelled.wait(0.5):  # a job that was ended has no result, for which submitit would wait
-                    if job not in self.told:  # it came too late for `cancel` to know of it
-                        job.cancel()
+                    job.cancel()
+                    last = time.monotonic() + 5  # it is seen to end
+                    while time.monotonic() < last and not job.done():
+                        time.sleep(0.1)
                     raise CancelledError
             return job.result()
         except (FailedJobError, UncompletedJobError) as error:
             parts = re.split(r"\n-{5,}\n", str(error))  # words, the job's trace, where its logs lie
             trace = [*parts[1:2], ""][0].strip() or parts[0].strip()  # of a job that was lost there is none
             raise RuntimeError(f"job {job.job_id}: {trace.splitlines()[-1]}") from None
-        finally:
-            self.jobs.discard(job)
 
     def cancel(self) -> None:
         """End all jobs, and see them end; what they had is in their checkpoints."""
-        jobs = list(self.jobs)
-        self.told |= {*jobs}
         self.cancelled.set()
-        self.threads.shutdown(wait=False, cancel_futures=True)
-        for job in jobs:
-            job.cancel()
-        last = time.monotonic() + 5
-        while time.monotonic() < last and not all(job.done() for job in jobs):
-            time.sleep(0.1)
+        self.threads.shutdown(cancel_futures=True)

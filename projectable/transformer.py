@@ -392,10 +392,10 @@ class _Decoder:
         self.table = full["embedding"].reshape(-1, d)  # (T·V, d)
         self.offset = torch.arange(n_tasks, device=self.table.device).unsqueeze(1) * weights["embedding"].shape[-2]
         self.positions = full["positions"].unsqueeze(2).unbind(1)  # N of (T, 1, d)
-        self.head = full["head"], full["head_bias"].unsqueeze(1) if "head_bias" in full else None
+        self.head = full["head"], full.get("head_bias")
         layers: list = [full[name].contiguous().unbind(1) for name in ("qkv", "out", "up", "down")]
         for name in ("qkv_bias", "up_bias"):
-            layers.append(full[name].unsqueeze(2).unbind(1) if name in full else [None] * len(layers[0]))  # (T, 1, ·)
+            layers.append(full[name].unbind(1) if name in full else [None] * len(layers[0]))
         for shape in ((length, d_head), (d_head, length)):  # caches of keys and values
             layers.append([self.table.new_empty(*self.heads[:3], *shape) for _ in layers[0]])
         self.layers = list(zip(*layers, strict=True))
@@ -407,20 +407,15 @@ class _Decoder:
         if before is not None:
             x = x + F.embedding(before + self.offset, self.table)
         for qkv, out, up, down, qkv_bias, up_bias, keys, values in self.layers:
-            q, k, v = _affine(rms_norm(x), qkv, qkv_bias).chunk(3, -1)  # each (T, n, d)
+            q, k, v = linear(rms_norm(x), qkv, qkv_bias).chunk(3, -1)  # each (T, n, d)
             keys[..., at, :], values[..., at] = k.view(heads), v.view(heads)
             seen = keys.flatten(0, 2)[:, : at + 1], values.flatten(0, 2)[..., : at + 1]  # (T·n·h, i, d_h), (…, d_h, i)
             scores = torch.bmm(q.reshape(-1, 1, heads[-1]), seen[0].transpose(1, 2))  # (T·n·h, 1, i)
             y = torch.bmm(scores.softmax(-1), seen[1].transpose(1, 2))  # (T·n·h, 1, d_h)
             x = x + torch.bmm(y.view(self.size), out)
-            x = x + torch.bmm(F.gelu(_affine(rms_norm(x), up, up_bias)), down)
+            x = x + torch.bmm(F.gelu(linear(rms_norm(x), up, up_bias)), down)
         self.at += 1
-        return _affine(rms_norm(x), *self.head)
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (T, n, in) times weight (T, in, out), plus bias (T, 1, out)."""
-    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+        return linear(rms_norm(x), *self.head)
 
 
 @torch.no_grad()

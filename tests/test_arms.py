@@ -10,7 +10,7 @@ import torch
 from conftest import DIGITS, randomise, tiny, tiny_projectable
 
 from projectable import arms, experiment
-from projectable.arms import ARMS, BRINGS, EVERY, FEW_IMAGES, LINEAR, MAPS, MIDDLES, UNIVERSALS, Scarce, Study, at_size
+from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, MIDDLES, UNIVERSALS, Scarce, Study, at_size
 from projectable.baselines import Hypernetwork, SupportUniversal, Universal, for_new_tasks
 from projectable.config import get_profile
 from projectable.projection import Adapted
@@ -348,7 +348,11 @@ def test_sweeps_begin_at_rates_of_arms_that_there_are():
 def test_controls_differ_from_the_projection_in_what_they_say(study):
     study.loss = lambda config, member: 1.0
     rates = {8: 1e-2, 16: 1e-2, 24: 1e-2}
-    controls = [name for name, arm in (ARMS | BRINGS).items() if arm.model == "projectable"]
+    controls = [
+        name
+        for name, arm in (ARMS | {n: EVERY[n] for n in ("source_tuned", "bank_kept")}).items()
+        if arm.model == "projectable"
+    ]
     options = {name: dict(study.config(name, rates, 0).options) for name in controls}
     static = dict(inner="Static", neurons="Static")
     for name, difference in {
@@ -467,6 +471,8 @@ def test_a_universal_model_is_told_of_new_tasks_by_their_images(shape, digits, c
 def test_new_tasks_need_a_start_that_can_be_told_of_them(digits):
     with pytest.raises(ValueError, match="'specialists'; allowed for 'adapted': 'projectable' or 'universal'"):
         tiny(model="adapted", start=tiny(model="specialists"))
+    with pytest.raises(ValueError, match="start: projections that are adapted already; allowed for 'adapted': the p"):
+        tiny(model="adapted", start=tiny(model="adapted", start=tiny_projectable()))
     with pytest.raises(ValueError, match="'universal'; allowed for 'told': 'support_universal'"):
         tiny(model="told", start=tiny(), lr=(0.0,), steps=1)
     with pytest.raises(ValueError, match="Universal with 'none' conditioning; allowed for new tasks: token, additive"):

@@ -715,10 +715,6 @@ def test_numbers_for_people():
     assert pages.interval({"value": 16.711, "ci_low": 15.653, "ci_high": 17.77}) == "16.7 [15.7, 17.8]"
 
 
-def test_progress_bars_keep_their_last_state():
-    assert pages.last_states("a\rb\rc\nd\r\ne") == "c\nd\ne"
-
-
 def test_table_is_shown_with_few_decimals(project):
     html = Report("00_a", "laptop").table("t", pd.DataFrame({"n": [3], "x": [1.23456789]})).to_html()
     assert "1.2346" in html and ">3<" in html

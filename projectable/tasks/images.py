@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -375,7 +375,7 @@ def content_key(dataset: str) -> str:
     A file is read again only where its size, inode or times (to the nanosecond) differ from those of the last call.
     """
     if LOADERS.get(dataset) is not OURS.get(dataset):
-        return _images_key(dataset)
+        return _images_key(LOADERS[dataset])
     if not dataset.startswith(FOLDER):
         return ""
     path, sha = _path(dataset), hashlib.sha256()
@@ -385,34 +385,27 @@ def content_key(dataset: str) -> str:
     return sha.hexdigest()
 
 
-_own_keys: dict[str, tuple[Callable[[], Images], str]] = {}  # of the loader that was asked last
-
-
-def _images_key(dataset: str) -> str:
-    loader = LOADERS[dataset]
-    if dataset in _own_keys and _own_keys[dataset][0] is loader:
-        return _own_keys[dataset][1]
+@lru_cache(8)
+def _images_key(loader: Callable[[], Images]) -> str:
     images = loader()
     sha = hashlib.sha256(repr((images.name, images.licence, images.label_names)).encode())
     for array in (array for pair in (images.train, images.test, images.val) if pair for array in pair):
         sha.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    _own_keys[dataset] = loader, sha.hexdigest()
-    return _own_keys[dataset][1]
-
-
-_digests: dict[str, tuple[tuple, bytes]] = {}
+    return sha.hexdigest()
 
 
 def _digest(file: str) -> bytes:
     try:
         stat = os.stat(file)
-        state = (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
-        if _digests.get(file, ((), b""))[0] != state:
-            with open(file, "rb") as content:
-                _digests[file] = state, hashlib.file_digest(content, "sha256").digest()
-        return _digests[file][1]
+        return _digest_of(file, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
     except OSError:  # left out of the images as well
         return b"unreadable"
+
+
+@cache
+def _digest_of(file: str, *state: int) -> bytes:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
 
 
 def _path(dataset: str) -> Path:
