@@ -27,6 +27,7 @@ from .experiment import Run, has_diverged, operations, run_many
 from .training import DivergedError
 
 FACTOR = 2.0  # between the learning rates of a sweep
+STEPS = ("source", "joint", "matched", "alone", "none")
 UNIVERSALS = ("universal_token", "universal_additive", "universal_film", "universal_adaln")
 
 
@@ -49,6 +50,10 @@ class Arm:
     max_seeds: int | None = None  # fewer seeds for arms that train long or came later; claims say how many
     only: int | None = None  # the place of its one size among the study's, where the arm is about that one
     one_start: bool = False  # all seeds start from the first seed's run
+
+    def __post_init__(self):
+        if self.steps not in STEPS and not (isinstance(self.steps, int | float) and self.steps > 0):
+            raise ValueError(f"steps={self.steps!r}; allowed: {', '.join(STEPS)}, or a share, a number above 0")
 
 
 # Middles of sweeps, by width (`at_size`), are where earlier ones ended, for all arms alike: few have to go on beyond an
@@ -306,6 +311,7 @@ class Compared:
             if not again:
                 table = pd.DataFrame(rows)
                 self._swept |= dict(list(table.groupby("arm", sort=False)))
+                self._rates = {name: rates for name, rates in self._rates.items() if name not in names}
                 return table
 
     def trials(self) -> pd.DataFrame:
@@ -404,7 +410,7 @@ class Study(Compared):
             options["conditioning"] = dict(self.arms[self.best_universal(*sizes)].options)["conditioning"]
         both = p.source_steps + p.joint_steps
         steps = {"source": p.source_steps, "joint": p.joint_steps, "none": 1, "matched": 0, "alone": 0}  # 0: see below
-        n_steps = max(1, round(arm.steps * both)) if isinstance(arm.steps, float) else steps[arm.steps]
+        n_steps = max(1, round(arm.steps * both)) if not isinstance(arm.steps, str) else steps[arm.steps]
         if arm.start == "universal":  # shorter than the rival itself: both together see as many examples as all arms
             best = self.best_universal(*sizes)
             start = self.config(best, {s: self.rates(best)[s] for s in sizes}, seed).with_(steps=both - n_steps)
@@ -466,7 +472,12 @@ class Study(Compared):
         if self.arms[name].steps == "none":
             return 0.0
         known = (self.middles, MIDDLES[self.maps.name], MIDDLES["arms"])
-        return at_size(next((table[name] for table in known if name in table), self.maps.lr), size)
+        lr = next((table[name] for table in known if name in table), None)
+        if lr is None and not self.arms[name].model.endswith("projectable"):
+            raise ValueError(
+                f"no middle of the sweep of {name!r}; allowed: an entry of it under [arms] in middles.toml"
+            )
+        return at_size(lr or self.maps.lr, size)
 
     def _trials(self, powers: dict[tuple[str, int], list[int]]) -> dict[tuple[str, int, int], RunConfig]:
         """Projections train all sizes in one run; the source alone is judged by those that start from it."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .baselines import Model
-from .experiment import Run, workers
+from .experiment import Run, data_for, workers
 from .projection import Projectable
 from .tasks import TaskData
 from .transformer import Products, forward, task_losses
@@ -41,11 +41,16 @@ def origin(runs: dict[str, list[Run]]) -> dict[str, str]:
 
 
 def loss_table(runs: dict[str, list[Run]], data: TaskData) -> pd.DataFrame:
-    """Test losses of finished runs, tidy: arm, d_s, seed, task, loss (nats per token), bits_per_pixel."""
+    """Test losses of finished runs, tidy: arm, d_s, seed, task, loss (nats per token), bits_per_pixel.
+
+    Raises ValueError for a run of other tasks than those of `data`.
+    """
     book, rows = data.codebook, []
     bits = bits_per_pixel(1.0, book.length, book.height * book.width)
     for arm, arm_runs in runs.items():
         for run in arm_runs:
+            if (its := data_for(run.config.data)).task_names != data.task_names:
+                raise ValueError(f"{run.folder.name} is of {its.name}; allowed: runs of {data.name}")
             for member, losses in run.test_losses().items():
                 d_s = run.config.d_source if member == "source" else int(member[1:])
                 name = arm if member != "source" or run.config.model.endswith("source") else f"{arm}: source"

@@ -231,13 +231,19 @@ def _made(config: RunConfig, data: TaskData, start: Model | None) -> Model:
     for maker in (part for part in model.modules() if isinstance(part, Generator)):  # of one's own, perhaps
         try:
             with torch.no_grad():
-                found = tuple(maker(torch.zeros(2, z_dim)).shape)
+                maps = maker(torch.zeros(2, z_dim))
+            found = tuple(maps.shape)
         except Exception as error:
             why = str(error) or type(error).__name__
             raise ValueError(f"the generator {type(maker).__name__} gives no maps: {why}") from error
         if found not in ((2, *maker.base.shape), (1, *maker.base.shape)):
             allowed = f"(2, S, m, n) or (1, S, m, n), as P₀ is {tuple(maker.base.shape)}"
             raise ValueError(f"the generator {type(maker).__name__} gives maps {found} of 2 tasks; allowed: {allowed}")
+        if maps.dtype != maker.base.dtype or not maps.isfinite().all():
+            words = f"maps of {maps.dtype}" if maps.dtype != maker.base.dtype else "maps that are not finite"
+            raise ValueError(
+                f"the generator {type(maker).__name__} gives {words}; allowed: numbers, {maker.base.dtype}"
+            )
     return model
 
 
@@ -332,7 +338,12 @@ def _adapted(
 def _projectable(config: RunConfig, data: TaskData, start: Universal, encoder: tuple = (), **options) -> Model:
     """`encoder`: of image features, name and weights file of a ResNet, and its checksum (`image_features`)."""
     kind = CONDITIONINGS.get(options.get("conditioning", "LearnedID"))
-    told = {need: TELL[need](data, *encoder) for need in kind.needs} if kind is not None else None
+    needs = kind.needs if kind is not None else ()
+    if unknown := [need for need in needs if need not in TELL]:
+        raise ValueError(
+            f"a conditioning that needs {unknown[0]!r}; allowed: what `experiment.TELL` has, {', '.join(TELL)}"
+        )
+    told = {need: TELL[need](data, *encoder) for need in needs}
     tokens = data.first("train", 20)
     return Projectable(start, data.n_tasks, config.sizes, tokens, told=told, seed=config.seed, **options)
 
@@ -751,6 +762,9 @@ def run_many(
         bar.update(bar.total - bar.n)
     if any(isinstance(error, BrokenProcessPool) for error in errors):
         _pool.cache_clear()  # a worker was killed: the next call starts new ones
+        errors = [error for error in errors if not isinstance(error, BrokenProcessPool)]
+        words = "a worker was killed (memory?), or a script trains outside of `if __name__ == '__main__':`"
+        errors.append(BrokenProcessPool(words))
     errors = lost + errors
     if errors and not (diverging and all(r.is_done(test) or r.has_diverged for r in runs)):
         raise errors[0]

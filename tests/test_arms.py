@@ -337,6 +337,26 @@ def test_a_study_may_begin_its_sweeps_elsewhere(study):
         Study(PROFILE, maps=replace(LINEAR, name="mine"))
 
 
+def test_another_sweep_chooses_the_rate_anew(study, monkeypatch):
+    study.loss = lambda config, member: bowl(config.lr[0], 0.028)
+    study.sweep("specialists")
+    before = study.rates("specialists")
+    monkeypatch.setitem(MIDDLES["arms"], "specialists", {8: 0.16})
+    study.loss = lambda config, member: bowl(config.lr[0], 0.32)
+    study.sweep("specialists")
+    assert before[8] == 0.028 and study.rates("specialists")[8] == 0.32
+
+
+def test_arms_that_cannot_be_are_refused(study, monkeypatch):
+    for steps in ("jonit", 0, -0.5, None):
+        with pytest.raises(ValueError, match=f"steps={steps!r}; allowed: source, joint, .*, or a share"):
+            arms.Arm("mine", "universal", steps)
+    assert arms.Arm("mine", "universal", 1) == arms.Arm("mine", "universal")
+    monkeypatch.setitem(EVERY, "mine", arms.Arm("mine", "universal"))
+    with pytest.raises(ValueError, match="no middle of the sweep of 'mine'; allowed: an entry of it under"):
+        study.sweep("mine")
+
+
 def test_sweeps_begin_at_rates_of_arms_that_there_are():
     for name, table in MIDDLES.items():
         assert not table.keys() - EVERY.keys(), name

@@ -10,6 +10,7 @@ from conftest import tiny_projectable
 
 from projectable import evaluation, experiment
 from projectable.baselines import Model
+from projectable.tasks import make_tasks
 
 
 def table(**arms):
@@ -189,6 +190,14 @@ def test_an_arm_without_losses_is_named():
         evaluation.paired_gaps(losses, "rivals", "ours")
     with pytest.raises(ValueError, match="'rival' and 'ours' have no task, size and seed in common"):
         evaluation.paired_gaps(losses[(losses.arm == "ours") != (losses.task == "task 1")], "rival", "ours")
+
+
+def test_losses_are_those_of_the_runs_own_tasks(universal, digits):
+    found = evaluation.loss_table({"universal": [universal]}, digits)
+    assert list(found.task) == list(digits.task_names) and set(found.arm) == {"universal"}
+    clusters = make_tasks("digits", "clusters10", vocab_size=32, patch=2, val_per_class=20)
+    with pytest.raises(ValueError, match="is of digits/classes; allowed: runs of digits/clusters10"):
+        evaluation.loss_table({"universal": [universal]}, clusters)
 
 
 def test_the_ratio_of_deviations_by_the_f_distribution():

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import DIGITS, tiny, tiny_projectable, tiny_source
 
-from projectable import arms, experiment, generators, storage, transformer
+from projectable import arms, conditioning, experiment, generators, storage, transformer
 from projectable.__main__ import facts
 from projectable.config import DataConfig
 from projectable.experiment import Run, build, data_for, folder_of, is_done, operations, run, run_many, runs_dir
@@ -572,7 +572,7 @@ def test_after_a_killed_worker_the_next_call_goes_on(other_runs, monkeypatch):
     monkeypatch.setattr(experiment, "_progress", Queue())
     experiment._pool.cache_clear()
     try:
-        with pytest.raises(BrokenProcessPool):
+        with pytest.raises(BrokenProcessPool, match="a worker was killed .*, or a script trains outside of `if __name"):
             run_many([tiny(steps=10)])
         (finished,) = run_many([tiny(steps=10)])
         assert is_done(finished.config)
@@ -760,6 +760,16 @@ class Transposed(generators.Linear):
         return super().forward(z).mT
 
 
+class Double(generators.Linear):
+    def forward(self, z):
+        return super().forward(z).double()
+
+
+class Endless(generators.Linear):
+    def forward(self, z):
+        return super().forward(z) / 0
+
+
 class Mute(generators.Generator):
     pass
 
@@ -768,6 +778,8 @@ class Mute(generators.Generator):
     "family, said",
     [
         (Transposed, r"the generator Transposed gives maps \(2, 1, 8, 16\) of 2 tasks; allowed: .*P₀ is \(1, 16, 8\)"),
+        (Double, "the generator Double gives maps of torch.float64; allowed: numbers, torch.float32"),
+        (Endless, "the generator Endless gives maps that are not finite; allowed"),
         (Mute, "the generator Mute gives no maps: NotImplementedError"),
     ],
 )
@@ -777,6 +789,17 @@ def test_a_family_that_gives_other_maps_is_named_before_its_source_is_trained(ot
     with pytest.raises(ValueError, match=said):
         run(config)
     assert not is_done(config.start)
+
+
+def test_a_conditioning_that_needs_what_nobody_tells_is_named(digits, source, monkeypatch):
+    class Coloured(conditioning.LearnedID):
+        needs = ("colour",)
+
+    monkeypatch.setitem(conditioning.CONDITIONINGS, "Coloured", Coloured)
+    with pytest.raises(
+        ValueError, match="needs 'colour'; allowed: what `experiment.TELL` has, vectors, names, support"
+    ):
+        experiment.build(tiny_projectable(source.config, options={"conditioning": "Coloured"}), digits)
 
 
 def test_the_same_folder_is_the_same_data_from_wherever_it_is_named(tmp_path, monkeypatch):

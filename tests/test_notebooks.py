@@ -15,7 +15,9 @@ from test_browser import look
 
 from projectable import pages, reporting
 from projectable.arms import ARMS, UNIVERSALS
+from projectable.conditioning import CONDITIONINGS
 from projectable.config import get_profile
+from projectable.generators import FAMILIES, Static
 
 pytestmark = [pytest.mark.slow, pytest.mark.notebook]
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -112,13 +114,13 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
         "given.frozen given.compute.universal given.compute.hypernetwork given.compute.specialists given.compute.cut"
     ).split()
     of_two_sizes = (
-        "conditioning.LearnedID conditioning.SupportSet conditioning.Features conditioning.Attributes "
         "conditioning.shuffled conditioning.wrong conditioning.support generators.family generators.sizes "
         "generators.layout_per_matrix generators.p0_random generators.p0_slice generators.lambda_1 generators.z_2 "
         "generators.z_16 source.depth.l1 source.depth.l2 source.depth.l3 source.masked source.mixture "
         "multimodal multimodal.caption"
     ).split()
     expected |= {f"{id}.d{s}" for id in by_size for s in SMOKE.sizes} | {"cost.break_even"}
+    of_two_sizes += [f"conditioning.{name}" for name in CONDITIONINGS if name not in ("NoID", "ShuffledID")]
     expected |= {f"{id}.d{s}" for id in of_two_sizes for s in (small, large)}
     expected |= {f"conditioning.clusters{n}.d{small}" for n in (10, SMOKE.n_clusters)}
     transfer = ("", ".support", ".source", ".support_source", ".hypernetwork")
@@ -238,7 +240,7 @@ def test_claims_of_further_notebooks_follow_from_their_tables(reports):
         matched[1],
     }
     families = pd.read_csv(reports / "results" / "families.csv")
-    assert set(families.family) == {"Linear", "Slice", "LowRank", "LowRankMLP", "Kronecker", "Orthonormal", "Mixture"}
+    assert set(families.family) == {name for name, family in FAMILIES.items() if not issubclass(family, Static)}
     lean, full = (families[families.family == name].maps.sum() for name in ("LowRank", "Linear"))
     assert lean < full / 2
 

@@ -122,6 +122,7 @@ PIXELS, LABELS = np.zeros((4, 8, 8, 1), np.float32), np.array([0, 1, 0, 1])
     "x, y, said",
     [
         (PIXELS[..., 0], LABELS, r"pixels of shape \(4, 8, 8\); allowed: \(n, H, W, C\)"),
+        (PIXELS.repeat(2, -1), LABELS, r"pixels of shape \(4, 8, 8, 2\); allowed: .*, with one colour or three"),
         (PIXELS[:0], LABELS[:0], r"pixels of shape \(0, 8, 8, 1\); allowed"),
         (PIXELS.astype(np.uint8), LABELS, r"pixels are uint8; allowed: floats from 0 to 1 \(bytes divided by 255\)"),
         (PIXELS + 255, LABELS, "pixels from 255 to 255; allowed: finite numbers from 0 to 1"),
@@ -148,6 +149,8 @@ def test_arrays_that_are_no_images_are_refused(x, y, said):
             dict(val=(PIXELS[..., :4, :], LABELS)),
             r"^val images of 'mine' have the shape \(8, 4, 1\); allowed: .* \(8, 8",
         ),
+        (dict(label_names=(0, 1)), "label_names of 'mine': 0; allowed: str"),
+        (dict(licence=None), "licence of 'mine': None; allowed: str"),
         (dict(label_names=("a", "a")), "label_names of 'mine' hold 'a' twice; allowed: each once"),
     ],
 )

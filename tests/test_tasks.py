@@ -140,16 +140,54 @@ def test_clusters_hold_every_image_once_and_similar_ones_together(digits):
         assert spread(clusters.tokens[split]) < 0.9 * spread([ours])
 
 
-def test_tasks_by_name_and_number():
-    data = TaskData("", ("shirt", "bag"), {}, None)
+def test_tasks_by_name_and_number(digits):
+    data = two_tasks(digits, ("shirt", "bag"))
     assert [data.task_id(task) for task in ("bag", 1, "0", "shirt")] == [1, 1, 0, 0]
     for wrong in ("shoe", 2, -1):
         with pytest.raises(ValueError, match=r"unknown task .*; allowed: shirt, bag \(or 0 to 1\)"):
             data.task_id(wrong)
 
 
-def test_a_name_goes_before_a_number():
-    assert TaskData("", ("1", "0"), {}, None).task_id("1") == 0
+def test_a_name_goes_before_a_number(digits):
+    assert two_tasks(digits, ("1", "0")).task_id("1") == 0
+
+
+def two_tasks(digits, names: tuple[str, ...], **tokens) -> TaskData:
+    """The first two of the digits under these names; `tokens` of a split in place of its own."""
+    return TaskData("mine", names, {split: x[:2] for split, x in digits.tokens.items()} | tokens, digits.codebook)
+
+
+def test_sequences_that_are_no_task_data_are_refused(digits):
+    first, second = digits.tokens["val"][:2]
+    with pytest.raises(ValueError, match="task_names of 'mine' are not all different"):
+        two_tasks(digits, ("a", "a"))
+    for names, tokens, said in (
+        (("a",), {}, "train sequences of 2 tasks in 'mine'; allowed: 1"),
+        (("a", "b"), dict(test=[first]), "test sequences of 1 tasks in 'mine'; allowed: 2"),
+        (
+            ("a", "b"),
+            dict(val=[first, second.int()]),
+            r"val sequences of 'mine' are \(.*, 16\), torch.int32; allowed: tens",
+        ),
+        (("a", "b"), dict(val=[first[:, :9], second]), r"val sequences of 'mine' are \(.*, 9\), torch.int64; allowed"),
+        (("a", "b"), dict(val=[first, second.numpy()]), r"val .* are ndarray; allowed: tensors \(n, 16\), int64"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            two_tasks(digits, names, **tokens)
+
+
+@pytest.mark.parametrize(
+    "images, said",
+    [
+        (np.zeros((2, 8, 8, 1), np.uint8), r"images \(2, 8, 8, 1\), uint8; allowed: \(n, 8, 8, 1\), floats"),
+        (np.zeros((2, 4, 16, 1)), r"images \(2, 4, 16, 1\), float64; allowed"),
+        (np.full((2, 8, 8, 1), 16.0), "pixels from 16 to 16; allowed: 0 to 1"),
+        (np.full((2, 8, 8, 1), np.nan), "pixels from nan to nan; allowed: 0 to 1"),
+    ],
+)
+def test_images_that_a_codebook_was_not_made_for_are_refused(digits, images, said):
+    with pytest.raises(ValueError, match=said):
+        digits.codebook.encode(images)
 
 
 @pytest.mark.parametrize("wrong", ["colours", "clusters", "clustersmany", "clusters-3"])

@@ -77,7 +77,14 @@ class Codebook:
         return (self.height // self.patch) * (self.width // self.patch)
 
     def encode(self, images: np.ndarray, block: int = 4096) -> np.ndarray:
-        """Images (n, H, W, C) in [0, 1] → tokens (n, N) int64: the nearest code of every patch."""
+        """Images (n, H, W, C) in [0, 1] → tokens (n, N) int64: the nearest code of every patch. Raises ValueError."""
+        size = (self.height, self.width, self.codes.shape[1] // self.patch**2)
+        if images.shape[1:] != size or not np.issubdtype(images.dtype, np.floating):
+            raise ValueError(
+                f"images {images.shape}, {images.dtype}; allowed: (n, {', '.join(map(str, size))}), floats"
+            )
+        if len(images) and not (images.min() >= 0 and images.max() <= 1):
+            raise ValueError(f"pixels from {images.min():g} to {images.max():g}; allowed: 0 to 1")
         tokens = np.empty((len(images), self.length), np.int64)
         norms = 0.5 * (self.codes**2).sum(1)
         for i in range(0, len(images), block):
@@ -97,7 +104,10 @@ class Codebook:
 
 @dataclass(frozen=True)
 class TaskData:
-    """Token sequences of T tasks. `tokens[split]` is a list of T tensors (n_t, N), int64."""
+    """Token sequences of T tasks. `tokens[split]` (train, val, test) is a list of T tensors (n_t, N), int64.
+
+    Raises ValueError where they are anything else.
+    """
 
     name: str
     task_names: tuple[str, ...]
@@ -105,6 +115,19 @@ class TaskData:
     codebook: Codebook
     licence: str = ""
     families: tuple[str, ...] = ()  # of each task, where tasks come in families (scripts)
+
+    def __post_init__(self):
+        if len(set(self.task_names)) < self.n_tasks:
+            raise ValueError(f"task_names of {self.name!r} are not all different")
+        for split in ("train", "val", "test"):
+            found = self.tokens.get(split, [])
+            if len(found) != self.n_tasks:
+                raise ValueError(f"{split} sequences of {len(found)} tasks in {self.name!r}; allowed: {self.n_tasks}")
+            for x in found:
+                if not isinstance(x, Tensor) or x.dtype != torch.int64 or x.shape[1:] != (self.codebook.length,):
+                    words = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+                    allowed = f"tensors (n, {self.codebook.length}), int64"
+                    raise ValueError(f"{split} sequences of {self.name!r} are {words}; allowed: {allowed}")
 
     @property
     def n_tasks(self) -> int:

@@ -62,6 +62,9 @@ class Images:
 
     def __post_init__(self):
         names = self.label_names
+        for what, value in (("name", self.name), ("licence", self.licence), *(("label_names", n) for n in names)):
+            if not isinstance(value, str):
+                raise DataError(f"{what} of {self.name!r}: {value!r}; allowed: str")
         if twice := [name for name in names if names.count(name) > 1]:
             raise DataError(f"label_names of {self.name!r} hold {twice[0]!r} twice; allowed: each once")
         for split, pair in (("train", self.train), ("val", self.val), ("test", self.test)):
@@ -79,8 +82,8 @@ def _wrong(x: np.ndarray, y: np.ndarray, n_labels: int) -> str:
     for words, array in (("pixels", x), ("labels", y)):
         if not isinstance(array, np.ndarray):
             return f"{words} are a {type(array).__name__}; allowed: an array of numpy"
-    if x.ndim != 4 or not len(x):
-        return f"pixels of shape {x.shape}; allowed: (n, H, W, C)"
+    if x.ndim != 4 or not len(x) or x.shape[-1] not in (1, 3):
+        return f"pixels of shape {x.shape}; allowed: (n, H, W, C), with one colour or three"
     if not np.issubdtype(x.dtype, np.floating):
         return f"pixels are {x.dtype}; allowed: floats from 0 to 1 (bytes divided by 255)"
     low, high = x.min(), x.max()
