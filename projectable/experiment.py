@@ -64,7 +64,7 @@ from .storage import (
     write_json,
 )
 from .tasks import FEW, Codebook, TaskData, few, make_tasks, text
-from .tasks.images import content_key
+from .tasks.images import content_key, given_by
 from .training import DivergedError, Jobs, Outcome, Team, split_losses, train
 from .transformer import Products
 
@@ -98,7 +98,11 @@ _versions = cache(text.versions)  # 10 ms; they do not change meanwhile
 
 
 def _content(config: DataConfig) -> str:
-    """What data depend on that may change beside their config: images in a folder, texts and fonts of packages."""
+    """What data depend on that may change beside their config: texts and fonts of packages, images in a folder, what
+    a maker of one's own gives."""
+    if (maker := tasks.MAKERS.get(config.dataset)) is not tasks.OURS.get(config.dataset):
+        whole = re.sub(f"^{FEW}$", r"\1", config.tasks)
+        return given_by(maker, whole, config.vocab_size, config.patch, config.val_per_class)
     makers = {"text": _versions, "glyphs": _drawn_by}
     return makers[config.dataset]() if config.dataset in makers else content_key(config.dataset)
 

@@ -1,7 +1,8 @@
 """Where we are, what is kept, and under which key: files that are whole or not there, locks, a fingerprint of code.
 
 - Files: atomic writes, checksums (safetensors), no pickles.
-- The fingerprint is one of functions and classes, and of all of this package that they refer to.
+- The fingerprint is one of functions and classes, and of all that they refer to or were given: code of this package or
+  of modules of one's own (neither the standard library nor an installed package), plain values, arrays.
 - Comments, docstrings, annotations and the file that a thing stands in do not count; nor does what is `LEFT_OUT`:
   this module, and how processes share a training, which carry numbers but do not make them.
 - A registry (a dict of functions or classes by name, as `FAMILIES`) counts with the entries that are named: by `words`,
@@ -18,6 +19,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import linecache
 import os
 import secrets
 import signal
@@ -26,7 +28,7 @@ import sys
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -210,50 +212,52 @@ def fingerprint(things: Iterable[Any], words: Iterable[str] = (), given: Iterabl
     `words` choose from registries; the defaults of parameters in `given` choose nothing: the config gives them a value.
     """
     asked = (tuple(things), frozenset(words), frozenset(given))
-    if asked in _known:  # and no entry was registered anew since
-        found, chosen, named = _known[asked]
-        if all(_named(registry, named) == entries for registry, entries in chosen):
+    if asked in _known:  # and no entry was registered anew since, nor has what code from outside refers to changed
+        found, chosen, named, outside = _known[asked]
+        same = all(_named(registry, named) == entries for registry, entries in chosen)
+        if same and all(_state(thing) == state for thing, state in outside):
             return found
-    code, registries, named = code_behind(*asked)
+    code, registries, named, things = code_behind(*asked)
     versions = [f"{name} {'.'.join(version(name).split('.')[:n])}" for name, n in VERSIONS.items()]
     found = hashlib.sha256("\n".join([*sorted(code), *versions]).encode()).hexdigest()
-    _known[asked] = found, [(registry, _named(registry, named)) for registry in registries], named
+    chosen = [(registry, _named(registry, named)) for registry in registries]
+    outside = [(t, _state(t)) for t in things if str(_bare(t).__module__).partition(".")[0] != PACKAGE]
+    _known[asked] = found, chosen, named, outside
     return found
 
 
-_known: dict[tuple, tuple[str, list[tuple[dict, dict]], set[str]]] = {}
+_known: dict[tuple, tuple[str, list[tuple[dict, dict]], set[str], list[tuple[Any, list]]]] = {}
 
 
 def code_behind(
     things: Iterable[Any], words: Iterable[str] = (), given: Iterable[str] = ()
-) -> tuple[set[str], list[dict], set[str]]:
+) -> tuple[set[str], list[dict], set[str], set[Any]]:
     """The code of these functions and classes and of all that they refer to, piece by piece.
 
-    Beside it the registries that were met, and all words that choose from them.
+    Beside it the registries that were met, all words that choose from them, and the functions and classes.
     """
     named, left_out = {form for word in words for form in _forms(word)}, frozenset(given)
     pieces: set[str] = set()
     todo, seen, registries = list(things), set(), {}
     while todo:
-        thing = _bare(todo.pop())
+        thing = todo.pop()
         if thing in seen:
             continue
         seen.add(thing)
-        code = _read(thing)
-        pieces.add(code.text)
+        code, said = _read(_bare(thing)), []
         named |= {word for word, parameter in code.strings if parameter not in left_out}
-        for name, value in code.references():
+        for name, value in code.references(thing):
             if isinstance(value, dict) and any(map(_is_code, value.values())):
                 registries[id(value)] = value
-            elif _is_code(value):
-                todo += [value] * _counts(value, thing)
-            elif _is_plain(value):
-                pieces.add(f"{name} = {_stable(value)}")
-            elif is_dataclass(value) and not isinstance(value, type):
-                pieces.add(f"{name} = {value!r}")
-                todo.append(type(value))
-        todo += [entry for registry in registries.values() for entry in _named(registry, named).values()]
-    return pieces, list(registries.values()), named
+            elif _is_code(value) and _counts(value, thing):
+                todo.append(value)
+            elif words := in_words(value):
+                said.append(f"{name} = {words}")
+                todo += [type(value)] * _counts(type(value), thing)
+                named |= {value} if isinstance(value, str) and name else set()
+        pieces.add("\n".join([code.text, *said]))
+        todo += [e for registry in registries.values() for e in _named(registry, named).values() if _is_code(e)]
+    return pieces, list(registries.values()), named, seen
 
 
 def _named(registry: dict, words: set[str]) -> dict:
@@ -276,20 +280,74 @@ def _is_code(value: Any) -> bool:
     return isinstance(_bare(value), type | FunctionType)
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, [*value.keys(), *value.values()]))
-    return all(map(_is_plain, value)) if isinstance(value, tuple | list | set | frozenset) else isinstance(value, PLAIN)
+def in_words(value: Any, quick: bool = False) -> str:
+    """A value in words that are the same in every process, arrays by their bytes (`quick`: of large ones some rows).
+
+    Empty where there are no such words.
+    """
+    import numpy
+    import torch
+
+    if isinstance(value, PLAIN):
+        return repr(value)
+    is_tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    if is_tensor or isinstance(value, numpy.ndarray | numpy.generic) and not value.dtype.hasobject:
+        value = value[:: value.nbytes >> 18] if quick and value.nbytes >> 18 else value
+        if is_tensor:
+            return _digest({"": value}, "")
+        return hashlib.sha256(f"{value.dtype}{value.shape}".encode() + value.tobytes()).hexdigest()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, tuple | list | dict | set | frozenset):
+        parts = [in_words(part, quick) for part in (value.items() if isinstance(value, dict) else value)]
+        return f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, set | frozenset) else parts)})"
+    return str(getattr(value, "__qualname__", ""))
 
 
-def _stable(value: Any) -> str:
-    return repr(sorted(value, key=repr)) if isinstance(value, set | frozenset) else repr(value)
+def _functions(thing: Any) -> list[FunctionType]:
+    """A function itself; those of a class, methods of all kinds."""
+    parts = vars(thing).values() if isinstance(thing, type) else [thing]
+    bare = [getattr(part, "__wrapped__", getattr(part, "fget", part)) for part in parts]
+    return [part for part in bare if isinstance(part, FunctionType)]
+
+
+def _given(thing: Any) -> Iterator[tuple[Any, Any]]:
+    """What it was given when it was made: arguments, defaults, what closures hold; a class its bases and attributes."""
+    while isinstance(thing, partial):
+        yield from [*enumerate(thing.args, 1), *thing.keywords.items()]
+        thing = thing.func
+    if isinstance(thing, type):
+        yield from ((base.__name__, base) for base in thing.__bases__)
+        yield from ((n, v) for n, v in vars(thing).items() if not (n.startswith("__") or hasattr(v, "__get__")))
+    for part in _functions(thing):
+        yield from ((0, default) for default in part.__defaults__ or ())  # a text that is one chooses nothing here
+        for name, cell in zip(part.__code__.co_freevars, part.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # it holds nothing yet
+                yield name, cell.cell_contents
+
+
+def _state(thing: Any) -> list[tuple[Any, int, str]]:
+    """What it refers to and was given, as it is now."""
+    return [(name, id(value), in_words(value, quick=True)) for name, value in _read(_bare(thing)).references(thing)]
+
+
+@cache
+def _is_own(module: str | None) -> bool:
+    """Whether a module is of this package or one's own: neither of the standard library nor of an installed package."""
+    top = str(module).partition(".")[0]
+    if top in (PACKAGE, "__main__", "__mp_main__"):
+        return True
+    with contextlib.suppress(ValueError):  # it came from no file
+        where = str(importlib.util.find_spec(top))
+        installed = top in sys.stdlib_module_names or "site-packages/" in where or "dist-packages/" in where
+        return "/" in where and not installed
+    return False
 
 
 def _counts(value: Any, beside: Any) -> bool:
-    """Whether it is code of this package, or of the module from which it is referred to, and not left out."""
+    """Whether it is code of one's own, or of the module from which it is referred to, and not left out."""
     code = _bare(value)
-    ours = code.__module__ == beside.__module__ or code.__module__.partition(".")[0] == PACKAGE
+    ours = code.__module__ == _bare(beside).__module__ or _is_own(code.__module__)
     return ours and LEFT_OUT.isdisjoint((code.__module__, f"{code.__module__}.{code.__qualname__}"))
 
 
@@ -308,19 +366,20 @@ class _Code:
     imports: tuple[tuple[str, str, str], ...]  # (as, module, name): those within the function
     module: str
 
-    def references(self) -> Iterator[tuple[str, Any]]:
-        """What its names stand for now: globals of its module, parts of modules of this package, its own imports."""
+    def references(self, thing: Any) -> Iterator[tuple[Any, Any]]:
+        """What its names stand for now (globals, parts of modules of one's own, its imports), and what it was given."""
         space = dict(vars(sys.modules[self.module])) if self.module in sys.modules else {}
         for name, origin, part in self.imports:
-            space[name] = getattr(importlib.import_module(origin), part)
+            space[name] = getattr(__import__(origin, fromlist=[part]), part, None)
         for first, *rest in self.names:
             value = space.get(first)
             for name in rest:
-                if not isinstance(value, ModuleType) or value.__name__.partition(".")[0] != PACKAGE:
+                if not isinstance(value, ModuleType) or not _is_own(value.__name__):
                     break
                 first, value = name, getattr(value, name, None)
             if value is not None:
                 yield first, value
+        yield from _given(thing)
 
 
 @cache
@@ -338,7 +397,7 @@ def _read(thing: Any) -> _Code:
             compared |= {id(part) for part in ast.walk(node)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             strings.append(node)
-        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").partition(".")[0] == PACKAGE):
+        elif isinstance(node, ast.ImportFrom) and (node.level or _is_own(node.module)):
             package = getattr(sys.modules.get(thing.__module__), "__package__", None) or PACKAGE
             origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             imports += [(alias.asname or alias.name, origin, alias.name) for alias in node.names]
@@ -384,7 +443,12 @@ def _tree_of(thing: Any) -> Any:
             with contextlib.suppress(SyntaxError):
                 return _Bare().visit(ast.parse(form))
     if isinstance(thing, type):  # of a notebook, which keeps the sources of functions only
-        return ast.Module([_tree_of(part) for part in vars(thing).values() if isinstance(part, FunctionType)], [])
+        parts, name = _functions(thing), thing.__qualname__
+        for part in (part for part in parts if part.__qualname__.startswith(f"{name}.")):
+            with contextlib.suppress(KeyError, SyntaxError):
+                cell = "".join(linecache.getlines(part.__code__.co_filename))
+                return _definitions(cell)[name.replace(".<locals>", "")]
+        return ast.Module([_tree_of(part) for part in parts], [])
     return ast.parse("")
 
 

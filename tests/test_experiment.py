@@ -1,5 +1,6 @@
 """Runs are trained once, by whoever comes first; their folders follow what decides their numbers; many side by side."""
 
+import importlib
 import linecache
 import math
 import shutil
@@ -8,9 +9,11 @@ import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from multiprocessing import Pipe, get_context
 from pathlib import Path
 from queue import Queue
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -285,6 +288,119 @@ def test_a_family_of_a_notebook_counts_as_it_is_now(monkeypatch):
 
     first, second = keys(2), keys(3)
     assert first[0] != second[0] and first[1] == second[1]
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """notebook(cell, name): run that cell in a kernel, and register what it calls `Fresh` as the family `name`."""
+    module = ModuleType("notebook")
+    vars(module).update(vars(generators), __name__="notebook", np=np, partial=partial)
+    monkeypatch.setitem(sys.modules, "notebook", module)
+
+    def ran(cell, family=None):
+        name = f"<cell {hash(cell)}>"
+        monkeypatch.setitem(linecache.cache, name, (len(cell), None, cell.splitlines(True), name))
+        exec(compile(cell, name, "exec"), vars(module))
+        if family:
+            monkeypatch.setitem(generators.FAMILIES, family, module.Fresh)
+
+    return ran
+
+
+def of_family(name: str = "Fresh") -> Path:
+    return folder_of(tiny_projectable(options={"family": name}))
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["class Fresh(Linear): pass", "class Fresh(Kronecker): pass"],
+        ["class Fresh(Linear): scale = 1.0", "class Fresh(Linear): scale = 2.0"],
+        ["class Fresh(Linear): w = np.arange(3)", "class Fresh(Linear): w = np.arange(1, 4)"],
+        [f"class Fresh(Linear):\n  act = nn.{act}()\n  def f(self): pass" for act in ("GELU", "SiLU")],
+        [f"class Fresh(Linear):\n  @property\n  def f(self): return {n}" for n in (1, 2)],
+        [f"def make(c):\n class Fresh(Linear):\n  def f(self): return c\n return Fresh\nmake({n})" for n in (1, 2)],
+        [f"def make(c):\n class Fresh(Linear):\n  w = c\n return Fresh\nmake(np.ones({n}))" for n in (1, 2)],
+        ["partial(LowRank, rank=2)", "partial(LowRank, rank=3)", "partial(LowRank, rank=2, a='')"],
+        ["partial(make_generator, 'LowRank')", "partial(make_generator, 'Linear')"],
+        [f"[lambda *about, k=k: LowRank(*about, k) for k in (1, 2)][{n}]" for n in (0, 1)],
+    ],
+)
+def test_a_family_of_a_notebook_counts_with_all_that_it_was_made_of(notebook, cells):
+    def key(cell):
+        *before, last = cell.splitlines(True)
+        if not cell.startswith("class"):
+            cell = "".join([*before, f"Fresh = {last}"])
+        notebook(cell, "Fresh")
+        return of_family()
+
+    keys = [key(cell) for cell in [*cells, *cells]]
+    assert keys[: len(cells)] == keys[len(cells) :] and len(set(keys)) == len(cells), "a cell run again changes nothing"
+
+
+def test_what_a_family_is_made_of_by_name_counts_with_its_code(notebook):
+    notebook("Fresh = partial(make_generator, 'Own')", "Fresh")
+    keys = set()
+    for n in (1, 2):
+        notebook(f"class Fresh(Linear):\n  def f(self): return {n}", "Own")
+        keys.add(of_family())
+    assert len(keys) == 2
+
+
+def test_a_global_of_a_notebook_counts_as_it_is_now(notebook):
+    """Without another word of the class that uses it, and by value."""
+    start = "FACTOR, TABLE, MORE = 2, np.ones(3), {'w': torch.ones(2), 's': {'a', 'b'}}\ndef double(x): return 2 * x\n"
+    cell = "class Fresh(Static):\n  def forward(self, z): return double(FACTOR) * TABLE[0] * MORE['w'][0] * self.base"
+    notebook(start + cell, "Fresh")
+    first, static = of_family(), of_family("Static")
+    for change in ("FACTOR = 3", "TABLE[1] = 2", "TABLE = TABLE.astype('f')", "MORE['w'][0] = 2", "def double(x): 0"):
+        notebook(change)
+        assert of_family() not in (first, static), change
+        notebook(start)
+        assert of_family() == first, change
+    notebook("TABLE = np.ones(10**6)")
+    large = of_family()
+    notebook("TABLE *= 2")
+    assert of_family() not in (first, large) and of_family("Static") == static
+
+
+HELPER = "import torch\nSCALE = 2.0\nTABLE = torch.ones(3)\ndef helped(x):\n    return SCALE * x\ndef other(): pass\n"
+FAMS = """
+import helper
+from helper import helped
+from projectable.generators import Static
+class Fresh(Static):
+    def forward(self, z):
+        from helper import TABLE
+        return helped(self.base) + TABLE.sum()
+class Dotted(Static):
+    def forward(self, z):
+        return helper.helped(self.base) + helper.TABLE.sum()
+"""
+
+
+def test_modules_of_ones_own_count_as_far_as_they_are_used(monkeypatch, tmp_path):
+    def keys(*change):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / "fams.py").write_text(FAMS)
+        (folder / "helper.py").write_text(HELPER.replace(*change))
+        for name in ("fams", "helper"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.syspath_prepend(folder)
+        fams = importlib.import_module("fams")
+        for name in ("Fresh", "Dotted"):
+            monkeypatch.setitem(generators.FAMILIES, name, getattr(fams, name))
+        return [of_family("Fresh"), of_family("Dotted")]
+
+    before = keys("", "")
+    for change in (("SCALE * x", "SCALE + x"), ("2.0", "3.0"), ("ones(3)", "ones(4)"), ("ones(3)", "zeros(3)")):
+        after = keys(*change)
+        assert before[0] != after[0] and before[1] != after[1], change
+    assert keys("pass", "return 1") == keys("    return", "  # so\n    return") == before
+    assert [storage._is_own(name) for name in ("fams", "json", "os", "torch.ops", "numpy", "sys")] == [True] + 5 * [
+        False
+    ]
 
 
 def test_a_function_in_a_registry_counts_whatever_its_form(monkeypatch):

@@ -11,6 +11,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import Mock, call
 from urllib.error import URLError
 
 import nbformat
@@ -22,7 +23,7 @@ from click.testing import CliRunner
 from conftest import tiny, tiny_projectable, tiny_source
 from PIL import Image
 
-from projectable import experiment, reporting
+from projectable import experiment, reporting, tasks
 from projectable.__main__ import check_current, cli, find_run
 from projectable.config import ConfigError, DataConfig
 from projectable.experiment import data_for, folder_of, run
@@ -598,6 +599,34 @@ def test_other_images_of_a_loader_of_ones_own_are_other_data(monkeypatch, other_
     ours = content_key("digits")
     monkeypatch.setitem(LOADERS, "digits", LOADERS["mine"])
     assert ours == "" and content_key("digits") == content_key("mine"), "one of ours that was put in place of"
+
+
+def test_a_loader_entered_in_the_file_is_asked_for_its_images():
+    source = Path(images.__file__).read_text()
+    entry = '    "digits": load_digits,\n'
+    assert source.count(entry) == 1
+    space = {"__name__": images.__name__, "__package__": images.__package__, "__file__": images.__file__}
+    exec(source.replace(entry, entry + '    "mine": lambda: load_digits(),\n'), space)
+    assert space["content_key"]("mine") and not space["content_key"]("digits")
+
+
+def test_what_a_maker_of_ones_own_gives_is_part_of_the_key(monkeypatch, digits):
+    file = Mock()  # which a maker reads
+    about, scarce = (
+        tiny(data=DataConfig("mine", f"kinds{few}", vocab_size=16, patch=4, val_per_class=4))
+        for few in ("", "-few9-s1")
+    )
+    tokens = digits.tokens | {"val": [x.flip(0) for x in digits.tokens["val"]]}
+    codebook = replace(digits.codebook, codes=1 - digits.codebook.codes)
+    names, copy = digits.task_names[::-1], {split: [x.clone() for x in xs] for split, xs in digits.tokens.items()}
+    folders = []
+    for change in ({}, {"tokens": tokens}, {"codebook": codebook}, {"task_names": names}, {"tokens": copy}):
+        file.return_value = replace(digits, **change)
+        monkeypatch.setitem(tasks.MAKERS, "mine", lambda *about: file(*about))
+        folders.append(experiment.folder_of(about))
+        assert experiment.folder_of(about) == folders[-1] != experiment.folder_of(scarce)
+    assert len(set(folders)) == 4 and folders[0] == folders[-1]
+    assert file.mock_calls == 5 * [call("kinds", 16, 4, 4)], "once each"
 
 
 @pytest.mark.parametrize("which", ["pixels", "labels"])

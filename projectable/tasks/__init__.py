@@ -334,3 +334,6 @@ MAKERS: dict[str, Callable[..., TaskData]] = {
     "featured_fashion": lambda *about: _featured("fashion", *about),
     "featured_digits": lambda *about: _featured("digits", *about),
 }
+# whose data change with code and packages only, as `images.OURS`
+OURS = {name: MAKERS[name] for name in ("glyphs", "text", "captioned_fashion", "captioned_digits")}
+OURS |= {name: MAKERS[name] for name in ("featured_fashion", "featured_digits")}
