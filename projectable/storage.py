@@ -256,7 +256,9 @@ def code_behind(
                 todo += [type(value)] * _counts(type(value), thing)
                 named |= {value} if isinstance(value, str) and name else set()
         pieces.add("\n".join([code.text, *said]))
-        todo += [e for registry in registries.values() for e in _named(registry, named).values() if _is_code(e)]
+        for name, entry in (item for registry in registries.values() for item in _named(registry, named).items()):
+            pieces.add(f"{name}: {in_words(entry)}")
+            todo.append(entry if _is_code(entry) else type(entry))
     return pieces, list(registries.values()), named, seen
 
 
@@ -288,7 +290,7 @@ def in_words(value: Any, quick: bool = False) -> str:
     import numpy
     import torch
 
-    if isinstance(value, PLAIN):
+    if isinstance(value, (*PLAIN, range, torch.dtype)):
         return repr(value)
     is_tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
     if is_tensor or isinstance(value, numpy.ndarray | numpy.generic) and not value.dtype.hasobject:
@@ -297,7 +299,7 @@ def in_words(value: Any, quick: bool = False) -> str:
             return _digest({"": value}, "")
         return hashlib.sha256(f"{value.dtype}{value.shape}".encode() + value.tobytes()).hexdigest()
     if is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
+        value = {field.name: getattr(value, field.name, None) for field in fields(value)}
     if isinstance(value, tuple | list | dict | set | frozenset):
         parts = [in_words(part, quick) for part in (value.items() if isinstance(value, dict) else value)]
         return f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, set | frozenset) else parts)})"
@@ -370,7 +372,8 @@ class _Code:
         """What its names stand for now (globals, parts of modules of one's own, its imports), and what it was given."""
         space = dict(vars(sys.modules[self.module])) if self.module in sys.modules else {}
         for name, origin, part in self.imports:
-            space[name] = getattr(__import__(origin, fromlist=[part]), part, None)
+            module = __import__(origin, fromlist=[part])
+            space[name] = getattr(module, part, None) if part else module
         for first, *rest in self.names:
             value = space.get(first)
             for name in rest:
@@ -401,6 +404,8 @@ def _read(thing: Any) -> _Code:
             package = getattr(sys.modules.get(thing.__module__), "__package__", None) or PACKAGE
             origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             imports += [(alias.asname or alias.name, origin, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            imports += [(alias.asname or alias.name, alias.name, "") for alias in node.names if _is_own(alias.name)]
         elif isinstance(node, ast.Name | ast.Attribute):
             names.add(_dotted(node))
     text = f"{thing.__qualname__}: {ast.unparse(tree)}"

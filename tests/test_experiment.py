@@ -364,18 +364,27 @@ def test_a_global_of_a_notebook_counts_as_it_is_now(notebook):
     assert of_family() not in (first, large) and of_family("Static") == static
 
 
-HELPER = "import torch\nSCALE = 2.0\nTABLE = torch.ones(3)\ndef helped(x):\n    return SCALE * x\ndef other(): pass\n"
+HELPER = """
+import torch
+LAST = torch.float32, range(3)
+SCALE = 2.0
+TABLE = torch.ones(3)
+def helped(x):
+    return SCALE * x
+def other(): pass
+"""
 FAMS = """
 import helper
 from helper import helped
 from projectable.generators import Static
 class Fresh(Static):
     def forward(self, z):
+        import helper as inside
         from helper import TABLE
-        return helped(self.base) + TABLE.sum()
+        return helped(self.base) + TABLE.sum() + inside.LAST
 class Dotted(Static):
     def forward(self, z):
-        return helper.helped(self.base) + helper.TABLE.sum()
+        return helper.helped(self.base) + helper.TABLE.sum() + helper.LAST
 """
 
 
@@ -394,7 +403,7 @@ def test_modules_of_ones_own_count_as_far_as_they_are_used(monkeypatch, tmp_path
         return [of_family("Fresh"), of_family("Dotted")]
 
     before = keys("", "")
-    for change in (("SCALE * x", "SCALE + x"), ("2.0", "3.0"), ("ones(3)", "ones(4)"), ("ones(3)", "zeros(3)")):
+    for change in ("* x", "+ x"), ("2.0", "3.0"), ("ones(3)", "ones(4)"), ("ones(3)", "zeros(3)"), ("32, r", "16, r"):
         after = keys(*change)
         assert before[0] != after[0] and before[1] != after[1], change
     assert keys("pass", "return 1") == keys("    return", "  # so\n    return") == before
