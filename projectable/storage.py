@@ -251,10 +251,10 @@ def code_behind(
                 registries[id(value)] = value
             elif _is_code(value) and _counts(value, thing):
                 todo.append(value)
-            elif words := in_words(value):
-                said.append(f"{name} = {words}")
+            elif said_of := in_words(value):
+                said.append(f"{name} = {said_of}")
                 todo += [type(value)] * _counts(type(value), thing)
-                named |= {value} if isinstance(value, str) and name else set()
+                named |= {value} if isinstance(value, str) and name else set()  # a default has no name
         pieces.add("\n".join([code.text, *said]))
         for name, entry in (item for registry in registries.values() for item in _named(registry, named).items()):
             pieces.add(f"{name}: {in_words(entry)}")
@@ -283,9 +283,9 @@ def _is_code(value: Any) -> bool:
 
 
 def in_words(value: Any, quick: bool = False) -> str:
-    """A value in words that are the same in every process, arrays by their bytes (`quick`: of large ones some rows).
+    """A value in words that are the same in every process, arrays by their bytes; empty where there are none.
 
-    Empty where there are no such words.
+    `quick` looks at some rows of large arrays only.
     """
     import numpy
     import torch
@@ -322,7 +322,7 @@ def _given(thing: Any) -> Iterator[tuple[Any, Any]]:
         yield from ((base.__name__, base) for base in thing.__bases__)
         yield from ((n, v) for n, v in vars(thing).items() if not (n.startswith("__") or hasattr(v, "__get__")))
     for part in _functions(thing):
-        yield from ((0, default) for default in part.__defaults__ or ())  # a text that is one chooses nothing here
+        yield from ((0, default) for default in part.__defaults__ or ())
         for name, cell in zip(part.__code__.co_freevars, part.__closure__ or (), strict=True):
             with contextlib.suppress(ValueError):  # it holds nothing yet
                 yield name, cell.cell_contents

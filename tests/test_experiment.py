@@ -347,16 +347,27 @@ def test_what_a_family_is_made_of_by_name_counts_with_its_code(notebook):
     assert len(keys) == 2
 
 
+GLOBALS = """
+FACTOR, TABLE, MORE = 2, np.ones(3), {"w": torch.ones(2), "s": {"a", "b"}}
+def double(x): return 2 * x
+MIXED = {"act": double, "n": 3}
+"""
+USER = """
+class Fresh(Static):
+    def forward(self, z):
+        return double(FACTOR) * TABLE[0] * MORE["w"][0] * MIXED["act"](MIXED["n"]) * self.base
+"""
+
+
 def test_a_global_of_a_notebook_counts_as_it_is_now(notebook):
     """Without another word of the class that uses it, and by value."""
-    start = "FACTOR, TABLE, MORE = 2, np.ones(3), {'w': torch.ones(2), 's': {'a', 'b'}}\ndef double(x): return 2 * x\n"
-    cell = "class Fresh(Static):\n  def forward(self, z): return double(FACTOR) * TABLE[0] * MORE['w'][0] * self.base"
-    notebook(start + cell, "Fresh")
+    notebook(GLOBALS + USER, "Fresh")
     first, static = of_family(), of_family("Static")
-    for change in ("FACTOR = 3", "TABLE[1] = 2", "TABLE = TABLE.astype('f')", "MORE['w'][0] = 2", "def double(x): 0"):
+    changes = ["FACTOR = 3", "TABLE[1] = 2", "TABLE = TABLE.astype('f')", "MORE['w'][0] = 2", "MIXED['n'] = 4"]
+    for change in [*changes, "def double(x): return 3 * x"]:
         notebook(change)
         assert of_family() not in (first, static), change
-        notebook(start)
+        notebook(GLOBALS)
         assert of_family() == first, change
     notebook("TABLE = np.ones(10**6)")
     large = of_family()
