@@ -307,10 +307,10 @@ def in_words(value: Any, quick: bool = False) -> str:
 
 
 def _functions(thing: Any) -> list[FunctionType]:
-    """A function itself; those of a class, methods of all kinds."""
+    """A function itself; those of a class, methods of all kinds, without what is wrapped around them."""
     parts = vars(thing).values() if isinstance(thing, type) else [thing]
-    bare = [getattr(part, "__wrapped__", getattr(part, "fget", part)) for part in parts]
-    return [part for part in bare if isinstance(part, FunctionType)]
+    bare = [inspect.unwrap(getattr(part, "fget", part)) for part in parts]
+    return [part for part in bare if isinstance(part, FunctionType) and _counts(part, thing)]
 
 
 def _given(thing: Any) -> Iterator[tuple[Any, Any]]:

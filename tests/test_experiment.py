@@ -9,7 +9,7 @@ import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from multiprocessing import Pipe, get_context
 from pathlib import Path
 from queue import Queue
@@ -294,7 +294,7 @@ def test_a_family_of_a_notebook_counts_as_it_is_now(monkeypatch):
 def notebook(monkeypatch):
     """notebook(cell, name): run that cell in a kernel, and register what it calls `Fresh` as the family `name`."""
     module = ModuleType("notebook")
-    vars(module).update(vars(generators), __name__="notebook", np=np, partial=partial)
+    vars(module).update(vars(generators), __name__="notebook", np=np, partial=partial, wraps=wraps)
     monkeypatch.setitem(sys.modules, "notebook", module)
 
     def ran(cell, family=None):
@@ -336,6 +336,15 @@ def test_a_family_of_a_notebook_counts_with_all_that_it_was_made_of(notebook, ce
 
     keys = [key(cell) for cell in [*cells, *cells]]
     assert keys[: len(cells)] == keys[len(cells) :] and len(set(keys)) == len(cells), "a cell run again changes nothing"
+
+
+def test_what_others_wrap_around_a_method_does_not_count(notebook):
+    """As torch does with the steps of an optimiser, when the first one is made."""
+    notebook("class Fresh(Linear):\n  @torch.no_grad()\n  def f(self): pass\n  g = nn.Module.train", "Fresh")
+    before = of_family()
+    notebook("Fresh.f, Fresh.g = (wraps(f)(lambda *about, f=f: f(*about)) for f in (Fresh.f, Fresh.g))")
+    storage._known.clear()
+    assert of_family() == before
 
 
 def test_what_a_family_is_made_of_by_name_counts_with_its_code(notebook):
