@@ -459,6 +459,10 @@ class Study(Compared):
 
     # ------------------------------------------------------------------------------------- sweeps and seeds
 
+    def _sweeping(self, names: tuple[str, ...]) -> Generator[list[RunConfig], list[Run], pd.DataFrame]:
+        self._best = {} if set(names) & set(UNIVERSALS) else self._best  # chosen anew
+        return super()._sweeping(names)
+
     def names(self) -> Collection[str]:
         return self.arms
 

@@ -9,6 +9,7 @@ diverged leaves `diverged.json`: it would do so again, and is not tried again.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -58,13 +59,14 @@ from .storage import (
     fingerprint,
     load_tensors,
     locked,
+    own_modules,
     read_json,
     root,
     save_tensors,
     write_json,
 )
 from .tasks import FEW, Codebook, TaskData, few, make_tasks, text
-from .tasks.images import content_key, given_by
+from .tasks.images import LOADERS, content_key, given_by
 from .training import DivergedError, Jobs, Outcome, Team, split_losses, train
 from .transformer import Products
 
@@ -643,9 +645,12 @@ def _keep(config: RunConfig, folder: Path, model: Model, outcome: Outcome, proce
 _progress: Any = None  # a worker's queue to the process that shows the progress
 
 
-def _start_worker(queue, threads: int) -> None:
+def _start_worker(queue, threads: int, modules: tuple[str, ...]) -> None:
     global _progress
     _progress = queue
+    for module in modules:
+        with suppress(ImportError):  # what is missing is said for the run that asks for it
+            importlib.import_module(module)
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
@@ -659,7 +664,7 @@ def _work(config: RunConfig, folder: Path, test: bool, threads: int = 0) -> None
         raise RuntimeError(
             f"code or images were changed while this process ran: start it again (a worker would write {folder}); or "
             "data, a family or a conditioning were registered where a worker does not come by, in a notebook or under "
-            "`__main__`: put them into a module that it imports, or set PROJECTABLE_WORKERS=1"
+            "`__main__`: put them into a module that is imported there, or set PROJECTABLE_WORKERS=1"
         )
     if not is_done(config):
         share = _own_operations(config) / config.steps
@@ -677,16 +682,17 @@ def _work(config: RunConfig, folder: Path, test: bool, threads: int = 0) -> None
 
 
 @cache
-def _pool(runs: Path, executor: str, said: str):
+def _pool(runs: Path, executor: str, said: str, modules: tuple[str, ...]):
     """The workers for that folder of runs, kept between calls: importing torch takes longer than a small run.
 
     And a queue of the operations that they have done. `said`, PROJECTABLE_WORKERS, is there for the cache alone.
+    `modules` are imported first: what is registered there is known then.
     """
     if executor:
         return Jobs(executor, runs / "jobs", workers()), SimpleQueue()
     context = get_context("spawn")
     queue = context.Queue()
-    return ProcessPoolExecutor(workers(), context, _start_worker, (queue, _threads())), queue
+    return ProcessPoolExecutor(workers(), context, _start_worker, (queue, _threads(), modules)), queue
 
 
 def _threads() -> int:
@@ -792,7 +798,8 @@ def _in_turn(order: list[RunConfig], test: bool, bar) -> list[Exception]:
 
 def _side_by_side(order: list[RunConfig], rest: dict[Path, float], test: bool, executor: str, bar) -> list[Any]:
     """Train them by workers, or as jobs; returns the errors."""
-    which = runs_dir(), executor, os.environ.get("PROJECTABLE_WORKERS", "")
+    modules = own_modules(FAMILIES, CONDITIONINGS, TELL, tasks.MAKERS, LOADERS)
+    which = runs_dir(), executor, os.environ.get("PROJECTABLE_WORKERS", ""), modules
     pool, queue = _pool(*which)
     threads = _threads() if executor else 0
     try:

@@ -24,6 +24,7 @@ import os
 import secrets
 import signal
 import subprocess
+import symtable
 import sys
 import textwrap
 import tokenize
@@ -214,13 +215,13 @@ def fingerprint(things: Iterable[Any], words: Iterable[str] = (), given: Iterabl
     asked = (tuple(things), frozenset(words), frozenset(given))
     if asked in _known:  # and no entry was registered anew since, nor has what code from outside refers to changed
         found, chosen, named, outside = _known[asked]
-        same = all(_named(registry, named) == entries for registry, entries in chosen)
+        same = all(_entries(registry, named) == entries for registry, entries in chosen)
         if same and all(_state(thing) == state for thing, state in outside):
             return found
     code, registries, named, things = code_behind(*asked)
     versions = [f"{name} {'.'.join(version(name).split('.')[:n])}" for name, n in VERSIONS.items()]
     found = hashlib.sha256("\n".join([*sorted(code), *versions]).encode()).hexdigest()
-    chosen = [(registry, _named(registry, named)) for registry in registries]
+    chosen = [(registry, _entries(registry, named)) for registry in registries]
     outside = [(t, _state(t)) for t in things if str(_bare(t).__module__).partition(".")[0] != PACKAGE]
     _known[asked] = found, chosen, named, outside
     return found
@@ -266,6 +267,11 @@ def _named(registry: dict, words: set[str]) -> dict:
     return {name: entry for name, entry in registry.items() if name in words}
 
 
+def _entries(registry: dict, words: set[str]) -> dict[str, tuple[int, str]]:
+    """Those that are named, as they are now."""
+    return {name: (id(entry), in_words(entry)) for name, entry in _named(registry, words).items()}
+
+
 def _forms(word: str) -> set[str]:
     """A word of a config as registries may know it: clusters64 → clusters, folder:pets → folder."""
     return {word, word.partition(":")[0], word.rstrip("0123456789")}
@@ -282,26 +288,21 @@ def _is_code(value: Any) -> bool:
     return isinstance(_bare(value), type | FunctionType)
 
 
-def in_words(value: Any, quick: bool = False) -> str:
-    """A value in words that are the same in every process, arrays by their bytes; empty where there are none.
-
-    `quick` looks at some rows of large arrays only.
-    """
+def in_words(value: Any) -> str:
+    """A value in words that are the same in every process, arrays by their bytes; empty where there are none."""
     import numpy
     import torch
 
     if isinstance(value, (*PLAIN, range, torch.dtype)):
         return repr(value)
-    is_tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
-    if is_tensor or isinstance(value, numpy.ndarray | numpy.generic) and not value.dtype.hasobject:
-        value = value[:: value.nbytes >> 18] if quick and value.nbytes >> 18 else value
-        if is_tensor:
-            return _digest({"": value}, "")
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
+        return _digest({"": value.resolve_conj().resolve_neg()}, "")
+    if isinstance(value, numpy.ndarray | numpy.generic) and not value.dtype.hasobject:
         return hashlib.sha256(f"{value.dtype}{value.shape}".encode() + value.tobytes()).hexdigest()
     if is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name, None) for field in fields(value)}
     if isinstance(value, tuple | list | dict | set | frozenset):
-        parts = [in_words(part, quick) for part in (value.items() if isinstance(value, dict) else value)]
+        parts = [in_words(part) for part in (value.items() if isinstance(value, dict) else value)]
         return f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, set | frozenset) else parts)})"
     return str(getattr(value, "__qualname__", ""))
 
@@ -330,7 +331,15 @@ def _given(thing: Any) -> Iterator[tuple[Any, Any]]:
 
 def _state(thing: Any) -> list[tuple[Any, int, str]]:
     """What it refers to and was given, as it is now."""
-    return [(name, id(value), in_words(value, quick=True)) for name, value in _read(_bare(thing)).references(thing)]
+    return [(name, id(value), in_words(value)) for name, value in _read(_bare(thing)).references(thing)]
+
+
+def own_modules(*registries: dict) -> tuple[str, ...]:
+    """Modules of one's own, scripts and notebooks apart, that entries of these registries come from."""
+    found = {str(_bare(entry).__module__) for registry in registries for entry in registry.values()}
+    return tuple(
+        sorted(m for m in found if _is_own(m) and m.partition(".")[0] not in (PACKAGE, "__main__", "__mp_main__"))
+    )
 
 
 @cache
@@ -372,8 +381,10 @@ class _Code:
         """What its names stand for now (globals, parts of modules of one's own, its imports), and what it was given."""
         space = dict(vars(sys.modules[self.module])) if self.module in sys.modules else {}
         for name, origin, part in self.imports:
-            module = __import__(origin, fromlist=[part])
-            space[name] = getattr(module, part, None) if part else module
+            with contextlib.suppress(ImportError):  # tried within the function
+                module = __import__(origin, fromlist=[part])
+                whole = sys.modules[name] if name == origin.partition(".")[0] else module
+                space[name] = getattr(module, part, None) if part else whole
         for first, *rest in self.names:
             value = space.get(first)
             for name in rest:
@@ -405,18 +416,27 @@ def _read(thing: Any) -> _Code:
             origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             imports += [(alias.asname or alias.name, origin, alias.name) for alias in node.names]
         elif isinstance(node, ast.Import):
-            imports += [(alias.asname or alias.name, alias.name, "") for alias in node.names if _is_own(alias.name)]
+            for alias in (alias for alias in node.names if _is_own(alias.name)):
+                imports.append((alias.asname or alias.name.partition(".")[0], alias.name, ""))
         elif isinstance(node, ast.Name | ast.Attribute):
             names.add(_dotted(node))
-    text = f"{thing.__qualname__}: {ast.unparse(tree)}"
+    said = ast.unparse(tree)
+    outer = _outer_names(symtable.symtable(said, "code", "exec")) | {name for name, *_ in imports}
     found: Any = tuple((node.value, default_of.get(id(node))) for node in strings if id(node) not in compared)
     return _Code(
-        text,
+        f"{thing.__qualname__}: {said}",
         found,
-        tuple(sorted(n for n in names if n and not n[0].startswith("__"))),
+        tuple(sorted(n for n in names if n and n[0] in outer and not n[0].startswith("__"))),
         tuple(imports),
         thing.__module__,
     )
+
+
+def _outer_names(table: symtable.SymbolTable) -> set[str]:
+    """Names that code takes from its module: not those of its own variables and parameters."""
+    top = table.get_type() == "module"
+    found = {symbol.get_name() for symbol in table.get_symbols() if top or symbol.is_global()}
+    return found.union(*map(_outer_names, table.get_children()))
 
 
 def _dotted(node: Any) -> tuple[str, ...]:

@@ -1,14 +1,17 @@
 """Runs are trained once, by whoever comes first; their folders follow what decides their numbers; many side by side."""
 
 import importlib
+import json
 import linecache
 import math
+import os
 import shutil
+import subprocess
 import sys
 import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial, wraps
 from multiprocessing import Pipe, get_context
 from pathlib import Path
@@ -359,12 +362,14 @@ def test_what_a_family_is_made_of_by_name_counts_with_its_code(notebook):
 GLOBALS = """
 FACTOR, TABLE, MORE = 2, np.ones(3), {"w": torch.ones(2), "s": {"a", "b"}}
 def double(x): return 2 * x
-MIXED = {"act": double, "n": 3}
+MIXED = {"act": double, "n": 3, "w": np.ones(3)}
 """
 USER = """
 class Fresh(Static):
     def forward(self, z):
-        return double(FACTOR) * TABLE[0] * MORE["w"][0] * MIXED["act"](MIXED["n"]) * self.base
+        for _ in range(2):
+            z = z * 1
+        return double(FACTOR) * TABLE[0] * MORE["w"][0] * MIXED["act"](MIXED["n"]) * MIXED["w"][0] * self.base
 """
 
 
@@ -373,15 +378,25 @@ def test_a_global_of_a_notebook_counts_as_it_is_now(notebook):
     notebook(GLOBALS + USER, "Fresh")
     first, static = of_family(), of_family("Static")
     changes = ["FACTOR = 3", "TABLE[1] = 2", "TABLE = TABLE.astype('f')", "MORE['w'][0] = 2", "MIXED['n'] = 4"]
-    for change in [*changes, "def double(x): return 3 * x"]:
+    changes += ["MIXED['w'] = np.zeros(3)", "MIXED['w'][1] = 2", "def double(x): return 3 * x"]
+    for change in changes:
         notebook(change)
         assert of_family() not in (first, static), change
         notebook(GLOBALS)
         assert of_family() == first, change
     notebook("TABLE = np.ones(10**6)")
     large = of_family()
-    notebook("TABLE *= 2")
+    notebook("TABLE[7] = 2")
     assert of_family() not in (first, large) and of_family("Static") == static
+
+
+def test_a_global_that_only_bears_the_name_of_a_local_does_not_count(notebook):
+    """As `_`, which a notebook sets to what it showed last."""
+    notebook(GLOBALS + USER, "Fresh")
+    first = of_family()
+    for other in ("_ = z = 3", "_ = np.ones(3)", "def z(): pass"):
+        notebook(other)
+        assert of_family() == first, other
 
 
 HELPER = """
@@ -1028,3 +1043,23 @@ def test_as_many_workers_as_the_memory_of_a_gpu_holds(monkeypatch):
     for free, found in ((1, 1), (7, 3), (80, 16)):  # GiB
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * 2**30, 80 * 2**30))
         assert experiment.workers() == found
+
+
+@pytest.mark.slow
+def test_workers_know_families_of_modules_that_are_imported(tmp_path):
+    """By a notebook, say, which they cannot read themselves."""
+    family = "class Fresh(Linear):\n    pass\n"
+    (tmp_path / "fams.py").write_text(f"from projectable.generators import Linear, family\n\n\n@family\n{family}")
+    config = tiny_projectable(tiny_source(steps=2), steps=2, options={"family": "Fresh"})
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    code = """
+import fams
+from projectable import config, experiment
+for run in experiment.run_many([config.read_config("config.json", experiment.MODELS)]):
+    print(run.is_done())
+"""
+    ours = dict(PROJECTABLE_WORKERS="2", PROJECTABLE_RUNS=str(tmp_path / "runs"), PYTHONPATH=str(root()))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | ours, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
