@@ -479,6 +479,8 @@ IN_SHORT = {  # the index's first table: questions under headings, each the id o
     },
     "… elsewhere": {
         "longer.universal": "the best universal model, four times the steps",
+        "given.universal": "the best universal model, 200 steps, a trained source at hand",
+        "given.compute.hypernetwork": "a hypernetwork with the compute of these 200 steps",
         "scarce.glyphs.n25": "the best rival on letters of unseen scripts, 25 images each (short runs, linear maps)",
         "scarce.classes.n25": "the best rival on unseen classes, 25 images each (short runs, linear maps)",
         "text": "the best universal model on text, nats per character (short runs)",
@@ -486,6 +488,7 @@ IN_SHORT = {  # the index's first table: questions under headings, each the id o
     "What explains it": {
         "explained.maps": "maps that depend on the task",
         "explained.source": "a source that was trained, against a random one that is trained along",
+        "given.random": "the same with a trained source at hand and 200 steps",
     },
 }
 SETTINGS = {
