@@ -599,7 +599,7 @@ def side_by_side(tmp_path_factory):
         run_many([GOOD["universal"], BAD, GOOD["projectable"], GOOD["specialists"]], test=True)
     except ValueError as raised:
         error = raised
-    experiment._pool(experiment.runs_dir(), "", "")[0].shutdown()
+    experiment._pool(experiment.runs_dir(), "", "", ())[0].shutdown()
     experiment._pool.cache_clear()
     yield {name: Run(config, folder_of(config)) for name, config in GOOD.items()}, error
     patch.undo()

@@ -133,7 +133,7 @@ def test_runs_side_by_side(other_runs, monkeypatch, digits):
     try:
         runs = run_many([tiny(), tiny(seed=1), tiny_source()], test=True)
     finally:
-        experiment._pool(experiment.runs_dir(), "", "")[0].shutdown()
+        experiment._pool(experiment.runs_dir(), "", "", ())[0].shutdown()
         experiment._pool.cache_clear()
     assert all(r.result["device"].startswith("cuda: ") for r in runs)
     for r in runs:
