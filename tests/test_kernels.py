@@ -20,7 +20,7 @@ import os, time
 pids = [os.getpid()]
 if profile != "smoke":
     from projectable import experiment
-    pool, _ = experiment._pool(experiment.runs_dir(), "", "2")
+    pool, _ = experiment._pool(experiment.runs_dir(), "", "2", ())
     pids.append(pool.submit(os.getpid).result())
 with open(f"{os.environ['PROJECTABLE_ROOT']}/{pids[0]}.new", "w") as file:
     file.write(" ".join(map(str, pids)))
