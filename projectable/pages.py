@@ -516,6 +516,46 @@ def in_short(claims: Sequence[dict]) -> tuple[list[int], list[tuple[str, list[tu
     return widths, groups
 
 
+def _marked(claim: dict) -> str:
+    """`✓ 0.107 [0.091, 0.123]`, to be broken before the bracket alone."""
+    return f"{VERDICTS[claim['verdict']]} {interval(claim)}".replace(" ", "\u00a0").replace("\u00a0[", " [")
+
+
+def with_claims(markdown: str, claims: Sequence[dict]) -> str:
+    """Markdown with its tables of claims made anew.
+
+    Each stands between a comment, `<!-- claims: HEADING`, a line `id | words` for every row and `-->`, and
+    `<!-- /claims -->`: a column for each width or pair of widths, – where there is no such claim. Tables stay where
+    there are no claims at all.
+    """
+    if not claims:
+        return markdown
+    ending = re.compile(r"\.(d\d+|\d+_\d+)$")
+    found: dict[str, dict[str, dict]] = {}
+    for claim in claims:
+        by_width = found.setdefault(ending.sub("", claim["id"]), {})
+        by_width[claim["id"][len(ending.sub("", claim["id"])) + 1 :]] = claim
+
+    def table(match: re.Match) -> str:
+        asked = [line.split(" | ", 1) for line in match["rows"].splitlines()]
+        widths = {at for id, _ in asked for at in found.get(id, {})}
+        columns = sorted(widths, key=lambda at: (at.count("_"), [int(n) for n in re.findall(r"\d+", at)]))
+        names = [f"width {at[1:]}" if at.startswith("d") else at.replace("_", " against ") or "found" for at in columns]
+        rows = [[match["heading"], *names, "seeds", "page"], ["---"] * (len(columns) + 3)]
+        for id, words in asked:
+            its = found.get(id, {})
+            cells = [_marked(its[at]) if at in its else "–" for at in columns]
+            seeds = " or ".join(sorted({str(claim["seeds"]) for claim in its.values()})) or "–"
+            pages = sorted({claim["notebook"] for claim in its.values()})
+            links = [f"[{name[:2]}](../notebooks/{name}.ipynb)" for name in pages]
+            rows.append([words, *cells, seeds, ", ".join(links) or "–"])
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join([match["comment"], "", *lines, "", match["end"]])
+
+    comment = r"(?P<comment><!-- claims: (?P<heading>[^\n]*)\n(?P<rows>.*?)\n-->)"
+    return re.sub(comment + r".*?(?P<end><!-- /claims -->)", table, markdown, flags=re.DOTALL)
+
+
 def claim_groups(claims: list[dict]) -> list[tuple[str, list[dict]]]:
     """The paper's claims, what its abstract and caption say and what we take them to imply; then harder tests of ours.
 

@@ -404,10 +404,11 @@ def build_index(profile: str) -> None:
         profiles.append(("The same with a larger source and more images, on a GPU", "gpu/index.html"))
     elif profile != "laptop" and (reports.parent / "index.html").exists():
         profiles.append(("The reference run, of profile laptop", "../index.html"))
-    findings = reports / "findings.md"  # of the reference: words that somebody wrote about it
+    findings = reports / "findings.md"  # of the reference: words that somebody wrote about it, and tables of its claims
     if findings.exists():
-        words = pages.words_html("What was found", findings.read_text(encoding="utf-8"), reports)
-        write_atomically(findings.with_suffix(".html"), words)
+        words = pages.with_claims(findings.read_text(encoding="utf-8"), claims)
+        write_atomically(findings, words)
+        write_atomically(findings.with_suffix(".html"), pages.words_html("What was found", words, reports))
     html = pages.index_html(profile, claims, notebooks, reports / "figures", speed, others, profiles, findings.exists())
     write_atomically(reports / "index.html", html)
 

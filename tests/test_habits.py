@@ -1,5 +1,6 @@
 """What contributors rely on: the lock file, the Makefile, the hooks."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from projectable import pages
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +53,15 @@ def test_links_of_the_documents_lead_somewhere():
             target = document.parent / path if path else document
             assert target.exists(), f"{name}: {link}"
             assert not anchor or anchor in anchors(target.read_text()), f"{name}: {link}"
+
+
+def test_the_tables_of_the_findings_hold_the_reference_runs_claims():
+    claims, text = json.loads((ROOT / "reports/claims.json").read_text()), (ROOT / "reports/findings.md").read_text()
+    assert text.count("<!-- claims: ") > 10 and pages.with_claims(text, claims) == text, (
+        "`projectable report` renews them"
+    )
+    ids = {re.sub(r"\.(d\d+|\d+_\d+)$", "", claim["id"]) for claim in claims}
+    assert set(re.findall(r"^([\w.]+) \| ", text, re.MULTILINE)) <= ids
 
 
 def test_the_reference_pages_lead_from_one_to_the_next():

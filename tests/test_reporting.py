@@ -583,6 +583,36 @@ def test_words_become_a_page_that_loads_nothing(project):
     assert 'href="findings.html"' in (project / "reports/index.html").read_text()
 
 
+def test_tables_of_claims_are_made_anew_in_words():
+    words = "# a\n\n<!-- claims: rival − ours\n{rows}\n-->\nold\n<!-- /claims -->\n\nend <!-- claims: x --> it\n"
+    rows = "headline | universal\nheadline.widens | how much it widens\ngone | nobody\nsource.kept | the source"
+    about = dict(ci_low=-0.1, ci_high=0.3, verdict="inconclusive", notebook="04_a", seeds=5)
+    found = {
+        "headline.d16": 0.1,
+        "headline.d8": 0.2,
+        "headline.widens.8_16": -0.05,
+        "source.kept": 0.1,
+        "headlines": 1.0,
+    }
+    claims = [about | dict(id=id, value=value) for id, value in found.items()]
+    claims[1] |= dict(verdict="not reproduced", seeds=3)
+    text = pages.with_claims(words.format(rows=rows), claims)
+    assert pages.with_claims(text, claims) == text and "old" not in text
+    assert text.startswith("# a\n\n<!-- claims: rival − ours\nheadline | universal\n") and text.endswith(
+        "<!-- /claims -->\n\nend <!-- claims: x --> it\n"
+    )
+    table = [line.replace("\u00a0", " ") for line in text.splitlines() if line.startswith("|")]
+    page = "[04](../notebooks/04_a.ipynb)"
+    assert table[0] == "| rival − ours | found | width 8 | width 16 | 8 against 16 | seeds | page |"
+    assert table[2:] == [
+        f"| universal | – | ✗ 0.200 [−0.100, 0.300] | ? 0.100 [−0.100, 0.300] | – | 3 or 5 | {page} |",
+        f"| how much it widens | – | – | – | ? −0.050 [−0.100, 0.300] | 5 | {page} |",
+        "| nobody | – | – | – | – | – | – |",
+        f"| the source | ? 0.100 [−0.100, 0.300] | – | – | – | 5 | {page} |",
+    ]
+    assert pages.with_claims(words, []) == words
+
+
 def test_code_that_shows_nothing_is_folded_with_the_code_after_it():
     cells = [new_code_cell(source) for source in ("a = 1", "b = 2", "a + b", "c = 3")]
     cells[2].outputs = [new_output("stream", name="stdout", text="3")]
