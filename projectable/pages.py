@@ -213,16 +213,37 @@ def data_uri(png: Path, width: int | None = None) -> str | None:
 @cache
 def _encoded(png: Path, width: int | None, changed: int) -> str:
     """The same, made once for many times that the index is written."""
-    data = png.read_bytes()
+    data, kind = png.read_bytes(), "png"
     if width:
         from PIL import Image
 
         image = Image.open(png).convert("RGB")
         image.thumbnail((width, 2 * width))
-        buffer = io.BytesIO()
-        image.quantize(64).save(buffer, "PNG", optimize=True)  # colours: as small, it looks the same
+        buffer, kind = io.BytesIO(), "webp"
+        image.save(buffer, kind, quality=80, method=6)
         data = buffer.getvalue()
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def smaller(html: str) -> str:
+    """The page with the PNGs that it holds as WebP: the same pixels in three quarters of the bytes.
+
+    What is no whole PNG, or an animated one, stays as it is.
+    """
+    from PIL import Image
+
+    def webp(match: re.Match) -> str:
+        buffer = io.BytesIO()
+        try:
+            image = Image.open(io.BytesIO(base64.b64decode(match[1])))
+            if getattr(image, "n_frames", 1) > 1:
+                return match[0]
+            image.save(buffer, "webp", lossless=True)
+        except (OSError, ValueError):
+            return match[0]
+        return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+    return re.sub(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)", webp, html)
 
 
 def mathml(latex: str, display: str) -> str:
@@ -415,7 +436,7 @@ def notebook_html(
     }
     resources = {"page": page, "metadata": {"name": status["notebook"], "path": str(folder)}}
     html, _ = _exporter().from_notebook_node(_tidy(nb), resources)
-    return html
+    return smaller(html)
 
 
 # ids of the paper's own claims: smaller and better than universal, the more the smaller; the source is kept; transfer

@@ -613,6 +613,17 @@ def test_tables_of_claims_are_made_anew_in_words():
     assert pages.with_claims(words, []) == words
 
 
+def test_pictures_of_a_page_are_smaller_and_the_same():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    page = f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="noise"/>'
+    kept = re.fullmatch(r'<img src="data:image/webp;base64,([\w+/=]+)" alt="noise"/>', pages.smaller(page))
+    assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(kept[1])))) == np.asarray(noise)).all()
+    for broken in ("AAAA", "AAA", page[32:400]):
+        assert pages.smaller(other := f"<img src='data:image/png;base64,{broken}'>") == other
+
+
 def test_code_that_shows_nothing_is_folded_with_the_code_after_it():
     cells = [new_code_cell(source) for source in ("a = 1", "b = 2", "a + b", "c = 3")]
     cells[2].outputs = [new_output("stream", name="stdout", text="3")]
