@@ -11,7 +11,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -537,13 +537,8 @@ def in_short(claims: Sequence[dict]) -> tuple[list[int], list[tuple[str, list[tu
     return widths, groups
 
 
-def _marked(claim: dict) -> str:
-    """`✓ 0.107 [0.091, 0.123]`, to be broken before the bracket alone."""
-    return f"{VERDICTS[claim['verdict']]} {interval(claim)}".replace(" ", "\u00a0").replace("\u00a0[", " [")
-
-
-def with_claims(markdown: str, claims: Sequence[dict]) -> str:
-    """Markdown with its tables of claims made anew.
+def with_claims(markdown: str, claims: Sequence[dict], differ: Collection[str] = ()) -> str:
+    """Markdown with its tables of claims made anew; † marks those that `differ`, by their ids.
 
     Each stands between a comment, `<!-- claims: HEADING`, a line `id | words` for every row and `-->`, and
     `<!-- /claims -->`: a column for each width or pair of widths, – where there is no such claim. Tables stay where
@@ -557,6 +552,10 @@ def with_claims(markdown: str, claims: Sequence[dict]) -> str:
         by_width = found.setdefault(ending.sub("", claim["id"]), {})
         by_width[claim["id"][len(ending.sub("", claim["id"])) + 1 :]] = claim
 
+    def cell(claim: dict) -> str:  # to be broken before the bracket alone
+        words = f"{VERDICTS[claim['verdict']]} {interval(claim)}{' †' if claim['id'] in differ else ''}"
+        return words.replace(" ", "\u00a0").replace("\u00a0[", " [")
+
     def table(match: re.Match) -> str:
         asked = [line.split(" | ", 1) for line in match["rows"].splitlines()]
         widths = {at for id, _ in asked for at in found.get(id, {})}
@@ -565,7 +564,7 @@ def with_claims(markdown: str, claims: Sequence[dict]) -> str:
         rows = [[match["heading"], *names, "seeds", "page"], ["---"] * (len(columns) + 3)]
         for id, words in asked:
             its = found.get(id, {})
-            cells = [_marked(its[at]) if at in its else "–" for at in columns]
+            cells = [cell(its[at]) if at in its else "–" for at in columns]
             seeds = " or ".join(sorted({str(claim["seeds"]) for claim in its.values()})) or "–"
             pages = sorted({claim["notebook"] for claim in its.values()})
             links = [f"[{name[:2]}](../notebooks/{name}.ipynb)" for name in pages]

@@ -406,7 +406,8 @@ def build_index(profile: str) -> None:
         profiles.append(("The reference run, of profile laptop", "../index.html"))
     findings = reports / "findings.md"  # of the reference: words that somebody wrote about it, and tables of its claims
     if findings.exists():
-        words = pages.with_claims(findings.read_text(encoding="utf-8"), claims)
+        differ = {claim["id"] for other in others for claim, _ in other["changed"]}
+        words = pages.with_claims(findings.read_text(encoding="utf-8"), claims, differ)
         write_atomically(findings, words)
         write_atomically(findings.with_suffix(".html"), pages.words_html("What was found", words, reports))
     html = pages.index_html(profile, claims, notebooks, reports / "figures", speed, others, profiles, findings.exists())
