@@ -161,7 +161,7 @@ def short(value: float | None) -> str:
     """A value in three digits or three decimals, one digit where it would read as 0: for where no interval fits in."""
     if value is None or not 0 < abs(value) < 10:
         return number(value if value is None else float(f"{value:.3g}"))
-    decimals = 3 if abs(value) >= 5e-4 else -math.floor(math.log10(abs(value)))
+    decimals = 3 if abs(value) >= 9.5e-4 else -math.floor(math.log10(abs(value)))
     return f"{value:.{decimals}f}".replace("-", "−")
 
 
@@ -507,9 +507,9 @@ IN_SHORT = {  # the index's first table: questions under headings, each the id o
         "text": "the best universal model on text, nats per character (short runs)",
     },
     "What explains it": {
-        "explained.maps": "maps that depend on the task",
-        "explained.source": "a source that was trained, against a random one that is trained along",
-        "given.random": "the same with a trained source at hand and 200 steps",
+        "explained.maps": "maps that depend on the task, beside gains and shifts that do",
+        "brings.start.kept": "the source's inner weights trained for 200 steps alone, over random ones",
+        "given.random": "… for 1,000 steps alone, then 200 with projections",
     },
 }
 SETTINGS = {
@@ -621,21 +621,26 @@ def claim_families(claims: Sequence[dict], whole: bool = False) -> list[Family]:
 def in_brief(claims: Sequence[dict]) -> list[tuple[list[str], list[tuple[str, str, list[dict | None]]]]]:
     """Claims as tables: the names of columns, and rows of words, unit and the claim of each column or None.
 
-    A table for those that differ in the same: in widths, in widths and images, or in nothing. The unit is empty where
-    it is nats per token.
+    A table for those of one kind: of widths, of widths and images, or of nothing. The unit is empty where it is
+    nats per token.
     """
-    tables: list[tuple[str, list[str], list]] = []  # of one kind: what columns are called, numbers apart
+    tables: dict[str, tuple[list[str], list]] = {}  # of one kind, as columns are called, numbers apart
     for words, statistic, found in claim_families(claims, whole=True):
-        kind = re.sub(r"\d+", "", found[0][0])
-        if not tables or tables[-1][0] != kind:
-            tables.append((kind, [], []))
-        tables[-1][1].extend(name for name, _ in found if name not in tables[-1][1])
-        tables[-1][2].append((words, "" if "nats per token" in statistic else statistic, dict(found)))
+        of_columns = {name or _column(claim): claim for name, claim in found}
+        columns, rows = tables.setdefault(re.sub(r"\d+", "", [*of_columns][0]), ([], []))
+        columns.extend(name for name in of_columns if name not in columns)
+        rows.append((words, "" if "nats per token" in statistic else statistic, of_columns))
     result = []
-    for _, columns, rows in tables:
+    for columns, rows in tables.values():
         columns.sort(key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
         result.append((columns, [(words, unit, [found.get(name) for name in columns]) for words, unit, found in rows]))
     return result
+
+
+def _column(claim: dict) -> str:
+    """Where a claim that stands alone belongs."""
+    at = re.search(r"\.(?:d(\d+)|(\d+)_(\d+))$", claim["id"])
+    return "value" if at is None else f"width {at[1]}" if at[1] else f"width {at[2]} against {at[3]}"
 
 
 def counted(claims: Sequence[dict]) -> str:

@@ -509,7 +509,14 @@ def test_claims_of_one_question_share_a_row_whoever_was_chosen_for_it():
     ((words, unit, found),) = rows
     assert (words, unit) == ("With few images of it, ours wins", "")
     assert [claim["id"] for claim in found] == ["few.n5.d8", "few.n100.d8", "few.n100.d32"]
-    assert none == [""] and alone == [("Kept", "share", [claims[-1]])]
+    assert none == ["value"] and alone == [("Kept", "share", [claims[-1]])]
+    one = claims[0] | dict(id="alone.d16"), claims[0] | dict(id="pair.8_16")
+    of_widths, of_pairs = pages.in_brief([claims[0], *one])
+    assert of_widths[0] == ["width 16", "width 32"] and [row[2] for row in of_widths[1]] == [
+        [None, claims[0]],
+        [one[0], None],
+    ]
+    assert of_pairs[0] == ["width 8 against 16"], "what stands alone is under its width"
     assert len(pages.claim_families(claims)) == 3, "with their statistics they are apart"
 
 
@@ -745,7 +752,15 @@ def test_numbers_for_people():
     assert {value: pages.number(value) for value in shown} == shown
     assert pages.number(float("nan")) == "–" and pages.number(True) == "yes" and pages.number(np.False_) == ""
     shorter = {None: "–", 0.1234: "0.123", 120.0: "120", -0.00022: "−0.0002", 1.0: "1.000", 16.7: "16.7"}
-    shorter |= {-0.05: "−0.050", -0.1049: "−0.105", -2.61e-5: "−0.00003", 0.0: "0.0000", float("inf"): "∞"}
+    shorter |= {
+        -0.05: "−0.050",
+        -0.1049: "−0.105",
+        5.1e-4: "0.0005",
+        9.6e-4: "0.001",
+        -2.61e-5: "−0.00003",
+        0.0: "0.0000",
+        float("inf"): "∞",
+    }
     assert {value: pages.short(value) for value in shorter} == shorter
     assert [pages.duration(s) for s in (None, 8, 200, 3900)] == ["", "8 s", "3 min 20 s", "1 h 05 min"]
     claim = {"value": 3.21, "ci_low": 3.0, "ci_high": 3.4}
