@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from . import conditioning, generators
+from . import generators
 from .config import Profile, RunConfig
 from .experiment import Run, has_diverged, operations, run_many
 from .training import DivergedError
@@ -186,7 +186,7 @@ _TOLD = {
 }
 CONDITIONED = {
     f"told_{name}": _projected(_TOLD.get(name, name), max_seeds=3, conditioning=name)
-    for name in conditioning.CONDITIONINGS
+    for name in generators.CONDITIONINGS
     if name != "LearnedID"
 }
 OTHERS = {

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .baselines import Model
 from .experiment import Run, data_for, workers
-from .projection import Projectable
+from .models import Model, Projectable
 from .tasks import TaskData
 from .transformer import Products, forward, task_losses
 

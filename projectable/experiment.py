@@ -35,22 +35,24 @@ import torch
 from torch import Tensor
 
 from . import tasks
-from .baselines import (
+from .config import OF_OTHER_DATA, DataConfig, RunConfig
+from .generators import CONDITIONINGS, FAMILIES, Conditioning, Generator
+from .models import (
+    KEEPS_OBJECTIVE,
+    Adapted,
     Distilled,
     DistilledSpecialists,
     HardMixture,
     Hypernetwork,
     Model,
+    Projectable,
+    Projection,
     Specialists,
     SupportUniversal,
     Universal,
     for_new_tasks,
     group_tasks,
 )
-from .conditioning import CONDITIONINGS, Conditioning
-from .config import OF_OTHER_DATA, DataConfig, RunConfig
-from .generators import FAMILIES, Generator
-from .projection import KEEPS_OBJECTIVE, Adapted, Projectable, Projection
 from .storage import (
     DamagedFile,
     current_commit,
@@ -364,18 +366,18 @@ def _tell_vectors(data: TaskData, network: str = "", weights: str = "", sha256: 
 
     Kept with the runs: who loads a model needs no encoder.
     """
-    from .features import DEFAULT, image_features
+    from .tasks.images import ENCODER, image_features
 
     tokens = data.first("train", 50)
     images = data.codebook.decode(tokens.flatten(0, 1).numpy())
     if not isinstance(images, np.ndarray):
         raise ValueError(f"image features of {data.name}, which is no images; allowed: other conditionings")
     encoder = (
-        f"{network or DEFAULT} {Path(weights).name} {sha256} {fingerprint([image_features])}"  # names hold checksums
+        f"{network or ENCODER} {Path(weights).name} {sha256} {fingerprint([image_features])}"  # names hold checksums
     )
     kept = runs_dir() / f"told-{hashlib.sha256(encoder.encode() + images.tobytes()).hexdigest()[:12]}.safetensors"
     if not kept.exists():
-        features = image_features(images, network or DEFAULT, weights=weights or None, sha256=sha256 or None, size=96)
+        features = image_features(images, network or ENCODER, weights=weights or None, sha256=sha256 or None, size=96)
         save_tensors(kept, {"vectors": features.view(data.n_tasks, tokens.shape[1], -1).mean(1)}, {})
     return load_tensors(kept)[0]["vectors"]
 

@@ -40,8 +40,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .baselines import Model
 from .config import PRECISIONS, RunConfig
+from .models import Model
 from .storage import DamagedFile, load_tensors, save_tensors
 from .tasks import TaskData
 

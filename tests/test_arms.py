@@ -11,9 +11,8 @@ from conftest import DIGITS, randomise, tiny, tiny_projectable
 
 from projectable import arms, experiment
 from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, MIDDLES, UNIVERSALS, Scarce, Study, at_size
-from projectable.baselines import Hypernetwork, SupportUniversal, Universal, for_new_tasks
 from projectable.config import get_profile
-from projectable.projection import Adapted
+from projectable.models import Adapted, Hypernetwork, SupportUniversal, Universal, for_new_tasks
 from projectable.training import DivergedError
 from projectable.transformer import Shape
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from conftest import randomise, tiny
 
 from projectable import experiment
-from projectable.baselines import (
+from projectable.generators import Linear
+from projectable.models import (
     CONDITIONINGS,
     Distilled,
     DistilledSpecialists,
@@ -16,7 +17,6 @@ from projectable.baselines import (
     Universal,
     group_tasks,
 )
-from projectable.generators import Linear
 from projectable.training import make_optimizer
 from projectable.transformer import embed, forward, hidden, rms_norm, task_losses
 

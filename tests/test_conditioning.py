@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import randomise
 
-from projectable.conditioning import CONDITIONINGS, Features, SupportSet, make_conditioning
+from projectable.generators import CONDITIONINGS, Features, SupportSet, make_conditioning
 
 T, K, F, V, N = 5, 3, 7, 32, 16
 NAMES = ("ankle boot", "boot", "shirt", "T-shirt", "bag")

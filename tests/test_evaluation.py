@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_projectable
 
 from projectable import evaluation, experiment
-from projectable.baselines import Model
+from projectable.models import Model
 from projectable.tasks import make_tasks
 
 

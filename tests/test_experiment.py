@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import DIGITS, tiny, tiny_projectable, tiny_source
 
-from projectable import arms, conditioning, experiment, generators, storage, transformer
+from projectable import arms, experiment, generators, storage, transformer
 from projectable.__main__ import facts
 from projectable.config import DataConfig
 from projectable.experiment import Run, build, data_for, folder_of, is_done, operations, run, run_many, runs_dir
@@ -952,10 +952,10 @@ def test_a_family_that_gives_other_maps_is_named_before_its_source_is_trained(ot
 
 
 def test_a_conditioning_that_needs_what_nobody_tells_is_named(digits, source, monkeypatch):
-    class Coloured(conditioning.LearnedID):
+    class Coloured(generators.LearnedID):
         needs = ("colour",)
 
-    monkeypatch.setitem(conditioning.CONDITIONINGS, "Coloured", Coloured)
+    monkeypatch.setitem(generators.CONDITIONINGS, "Coloured", Coloured)
     with pytest.raises(
         ValueError, match="needs 'colour'; allowed: what `experiment.TELL` has, vectors, names, support"
     ):

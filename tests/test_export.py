@@ -185,7 +185,7 @@ import torch
 torch.set_num_threads(1)
 np.save({str(tmp_path / "logits.npy")!r}, model(torch.from_numpy(np.load({str(tmp_path / "tokens.npy")!r}))).detach())
 assert model.sample(2, seed=0).shape == (2, 8, 8, 1) and isinstance(model, projectable.SmallTransformer)
-needless = [f"projectable.{{name}}" for name in ("experiment", "generators", "projection", "baselines", "training")]
+needless = [f"projectable.{{name}}" for name in ("experiment", "generators", "models", "training")]
 print([name for name in (*needless, "matplotlib", "sklearn", "pandas") if name in sys.modules])
 """
     env = os.environ | dict(PROJECTABLE_RUNS=str(tmp_path / "none"), PYTHONPATH=os.pathsep.join(sys.path))

@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_image
 from torchvision.models import resnet18
 
 from projectable import experiment, tasks
-from projectable.features import FeaturesError, image_features, networks, read_weights
+from projectable.tasks.images import FeaturesError, image_features, networks, read_weights
 
 
 @pytest.fixture(scope="module")

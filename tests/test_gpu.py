@@ -5,11 +5,10 @@ import torch
 from conftest import tiny, tiny_projectable, tiny_source
 
 from projectable import experiment, training
-from projectable.conditioning import CONDITIONINGS
 from projectable.config import RunConfig
 from projectable.experiment import run, run_many
-from projectable.generators import FAMILIES
-from projectable.projection import SOURCE_MODES
+from projectable.generators import CONDITIONINGS, FAMILIES
+from projectable.models import SOURCE_MODES
 from projectable.storage import load_tensors
 from projectable.training import Team, cuda_graph, split_losses, train
 from projectable.transformer import sample

@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from conftest import randomise, tiny
 
-from projectable import baselines, experiment
+from projectable import experiment
 from projectable.arms import MASKED, Study
-from projectable.baselines import CONDITIONINGS, Universal
 from projectable.config import get_profile
 from projectable.export import export
-from projectable.projection import Projectable
+from projectable.models import CONDITIONINGS, Projectable, Universal
 from projectable.transformer import Shape, draw_places, masked_losses
 
 T, V, N = 3, 32, 16
@@ -95,7 +94,7 @@ def projectable(tokens, sizes=(8, 16), **options):
 
 def test_all_models_are_evaluated_on_the_same_masks(tokens, monkeypatch):
     seen, before, ids = [], torch.get_rng_state(), torch.arange(T)
-    monkeypatch.setattr(baselines, "masked_losses", lambda weights, tokens, places, d: seen.append(places))
+    monkeypatch.setattr("projectable.models.masked_losses", lambda weights, tokens, places, d: seen.append(places))
     models = projectable(tokens), universal(), universal("adaln")
     torch.manual_seed(7)
     before = torch.get_rng_state()

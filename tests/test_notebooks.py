@@ -15,9 +15,8 @@ from test_browser import look
 
 from projectable import pages, reporting
 from projectable.arms import ARMS, UNIVERSALS
-from projectable.conditioning import CONDITIONINGS
 from projectable.config import get_profile
-from projectable.generators import FAMILIES, Static
+from projectable.generators import CONDITIONINGS, FAMILIES, Static
 
 pytestmark = [pytest.mark.slow, pytest.mark.notebook]
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"

@@ -14,9 +14,8 @@ from test_training import TOO_FAST
 
 from projectable import arms, evaluation, experiment
 from projectable.arms import LAMBDA, Scarce
-from projectable.baselines import SupportUniversal, Universal
 from projectable.generators import make_generator
-from projectable.projection import Adapted, base_maps, redraw_inner_weights
+from projectable.models import Adapted, SupportUniversal, Universal, base_maps, redraw_inner_weights
 from projectable.tasks import TaskData
 from projectable.training import make_optimizer, train
 from projectable.transformer import forward, hidden, initial_weights
@@ -268,7 +267,7 @@ def test_only_training_images_shape_a_model(digits, source, monkeypatch):
         tiny(model="cut", start=tiny_source(), options=(("p0", "pca"),)),
     ):  # fmt: skip
         experiment.build(config, digits)
-    monkeypatch.setattr("projectable.features.image_features", lambda images, *_, **__: torch.zeros(len(images), 3))
+    monkeypatch.setattr("projectable.tasks.images.image_features", lambda images, *_, **__: torch.zeros(len(images), 3))
     experiment.TELL["vectors"](digits)
     assert len(seen) > 6 and set(seen) == {"train"}
 

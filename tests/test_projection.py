@@ -7,12 +7,13 @@ import torch
 from conftest import randomise, tiny_projectable
 
 from projectable import experiment, transformer
-from projectable.baselines import CONDITIONINGS, Universal
-from projectable.projection import (
+from projectable.models import (
+    CONDITIONINGS,
     LAYOUTS,
     SOURCE_MODES,
     Projectable,
     Projection,
+    Universal,
     base_maps,
     kept_layers,
     redraw_inner_weights,

@@ -45,12 +45,12 @@ def test_the_generator_that_it_shows_is_one(monkeypatch):
 
 
 def test_the_conditioning_that_it_shows_is_one(monkeypatch):
-    from projectable import conditioning
+    from projectable import generators
 
     _, code = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
-    monkeypatch.setattr(conditioning, "CONDITIONINGS", dict(conditioning.CONDITIONINGS))
-    exec(compile(code, "README.md", "exec"), dict(vars(conditioning)))
-    made = conditioning.make_conditioning("Pairs", 5, 3)
+    monkeypatch.setattr(generators, "CONDITIONINGS", dict(generators.CONDITIONINGS))
+    exec(compile(code, "README.md", "exec"), dict(vars(generators)))
+    made = generators.make_conditioning("Pairs", 5, 3)
     z = made(torch.arange(5))
     assert z.shape == (5, 3) and torch.equal(z[0], z[1]) and torch.equal(z[2], z[3]) and len(z.unique(dim=0)) == 3
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import randomise
 
-from projectable.baselines import CONDITIONINGS, Specialists, Universal
+from projectable.models import CONDITIONINGS, Specialists, Universal
 from projectable.transformer import Shape, _Decoder, forward, initial_weights, sample
 
 T = 3

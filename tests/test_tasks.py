@@ -458,7 +458,7 @@ def test_clusters_of_features_are_tasks_of_the_same_images(digits, monkeypatch):
         x = torch.as_tensor(images).flatten(1)
         return (x @ torch.randn(x.shape[1], 20, generator=torch.Generator().manual_seed(0))).abs()
 
-    monkeypatch.setattr("projectable.features.image_features", encoder)
+    monkeypatch.setattr("projectable.tasks.images.image_features", encoder)
     monkeypatch.setattr(tasks, "_seen", tasks._seen.__wrapped__)
     featured = make_tasks("featured_digits", "clusters10", vocab_size=32, patch=2, val_per_class=20)
     assert featured.n_tasks == 10 and featured.name == "featured digits/clusters10"

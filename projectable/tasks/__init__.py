@@ -296,7 +296,7 @@ def _captioned(images: str, tasks: str, vocab_size: int, patch: int, val_per_cla
 @cache
 def _seen(dataset: str, patch: int, val_per_class: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Each split's images (n, H, W, C), of training 15,000 at most, and what a frozen encoder sees in them (n, K)."""
-    from ..features import image_features
+    from .images import image_features
 
     splits = {name: x for name, (x, _) in split_images(load_images(dataset, patch), val_per_class).items()}
     splits["train"] = splits["train"][:15_000]

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from projectable.arms import LINEAR, MAPS, Maps
-from projectable.baselines import Model, Specialists, Universal
 from projectable.config import get_profile
-from projectable.projection import Projectable
+from projectable.models import Model, Projectable, Specialists, Universal
 from projectable.training import FastProducts
 from projectable.transformer import Shape, initial_weights, sample, task_losses
 
