@@ -341,7 +341,7 @@ _SMOKE = Profile(  # no evidence: it shows that everything runs
     trials=2,
     max_trials=2,
     n_clusters=16,
-    eval_every=3,
+    eval_every=5,
     val_images=10,
 )
 _GPU = Profile(  # one CUDA device: a bigger source, more sizes, seven times as many images
