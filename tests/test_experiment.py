@@ -257,7 +257,7 @@ RUNS, PROJECTED, ALL = set(KEYED), {"linear", "by default", *LOW_RANK}, {*KEYED,
         ('matmul.fp32_precision = "bf16"', 'matmul.fp32_precision = "ieee"', RUNS),
         ("betas=(0.9, 0.95)", "betas=(0.9, 0.99)", RUNS),
         ("return rates | {", "return {} | rates | {", RUNS),
-        ("[4::5][:each]", "[3::5][:each]", RUNS | {"data"}),  # digits only
+        ("np.arange(len(x)) % 5 == 4", "np.arange(len(x)) % 5 == 3", RUNS | {"data"}),  # digits only
         ("found = hashlib.sha256(content)", "found = hashlib.sha512(content)", {"fashion"}),
         ("def save_tensors(", "def store(", set()),  # files carry numbers, they do not make them
     ],

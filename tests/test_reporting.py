@@ -426,7 +426,7 @@ def test_a_claim_is_shown_by_its_own_figure(tmp_path):
     table = html[html.index('<table class="rows claims">') :]
     shown = [base64.b64decode(found) for found in re.findall(r'class="thumb">.*?base64,([^"]+)', table)]
     pixels = [Image.open(io.BytesIO(found)).convert("RGB").getpixel((4, 4)) for found in shown]
-    assert pixels == [(255, 0, 0), (0, 0, 255), (0, 128, 0)], "not twice where the row before has it"
+    assert np.abs(np.subtract(pixels, [(255, 0, 0), (0, 0, 255), (0, 128, 0)])).max() < 9, "not twice where it is above"
     assert table.count("<small>as above</small>") == 1
     assert re.findall(r'class="thumb"><a href="([^"]+)"', table) == [f"figures/{name}.png" for name in colours]
 
