@@ -158,7 +158,7 @@ def numbers(values: Sequence[float]) -> Callable[[float], str]:
 
 
 def short(value: float | None) -> str:
-    """A value in three digits or three decimals, one digit where it would read as 0: for where no interval fits in."""
+    """A value in three digits or three decimals, one digit below 0.001: for where no interval fits in."""
     if value is None or not 0 < abs(value) < 10:
         return number(value if value is None else float(f"{value:.3g}"))
     decimals = 3 if abs(value) >= 9.5e-4 else -math.floor(math.log10(abs(value)))
@@ -228,7 +228,7 @@ def _encoded(png: Path, width: int | None, changed: int) -> str:
 def smaller(html: str) -> str:
     """The page with the PNGs that it holds as WebP: the same pixels in three quarters of the bytes.
 
-    What is no whole PNG, or an animated one, stays as it is.
+    What is no whole PNG, an animated one, or has more than eight bits a channel stays as it is.
     """
     from PIL import Image
 
@@ -236,14 +236,14 @@ def smaller(html: str) -> str:
         buffer = io.BytesIO()
         try:
             image = Image.open(io.BytesIO(base64.b64decode(match[1])))
-            if getattr(image, "n_frames", 1) > 1:
+            if getattr(image, "n_frames", 1) > 1 or image.mode.startswith(("I", "F")):
                 return match[0]
-            image.save(buffer, "webp", lossless=True)
-        except (OSError, ValueError):
+            image.save(buffer, "webp", lossless=True, exact=True)
+        except (OSError, ValueError, SyntaxError, KeyError):
             return match[0]
         return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
-    return re.sub(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)", webp, html)
+    return re.sub(r"data:image/png;base64,([A-Za-z0-9+/=\n]+)", webp, html)
 
 
 def mathml(latex: str, display: str) -> str:
@@ -542,7 +542,7 @@ def with_claims(markdown: str, claims: Sequence[dict], differ: Collection[str] =
 
     Each stands between a comment, `<!-- claims: HEADING`, a line `id | words` for every row and `-->`, and
     `<!-- /claims -->`: a column for each width or pair of widths, – where there is no such claim. Tables stay where
-    there are no claims at all.
+    there are no claims at all, and so does what is no such block.
     """
     if not claims:
         return markdown
@@ -565,15 +565,15 @@ def with_claims(markdown: str, claims: Sequence[dict], differ: Collection[str] =
         for id, words in asked:
             its = found.get(id, {})
             cells = [cell(its[at]) if at in its else "–" for at in columns]
-            seeds = " or ".join(sorted({str(claim["seeds"]) for claim in its.values()})) or "–"
+            seeds = " or ".join(map(str, sorted({claim["seeds"] for claim in its.values()}))) or "–"
             pages = sorted({claim["notebook"] for claim in its.values()})
             links = [f"[{name[:2]}](../notebooks/{name}.ipynb)" for name in pages]
             rows.append([words, *cells, seeds, ", ".join(links) or "–"])
         lines = [f"| {' | '.join(row)} |" for row in rows]
         return "\n".join([match["comment"], "", *lines, "", match["end"]])
 
-    comment = r"(?P<comment><!-- claims: (?P<heading>[^\n]*)\n(?P<rows>.*?)\n-->)"
-    return re.sub(comment + r".*?(?P<end><!-- /claims -->)", table, markdown, flags=re.DOTALL)
+    comment = r"(?P<comment><!-- claims: (?P<heading>[^\n]*)\n(?P<rows>(?:[\w.]+ \| [^\n]*\n)+)-->)"
+    return re.sub(comment + r"(?:(?!<!-- )[\s\S])*(?P<end><!-- /claims -->)", table, markdown)
 
 
 def claim_groups(claims: list[dict]) -> list[tuple[str, list[dict]]]:

@@ -388,7 +388,7 @@ def render(path: Path, status: Status, among: Sequence[str] = ()) -> None:
 
 
 def build_index(profile: str) -> None:
-    """Write `index.html` from whatever results there are."""
+    """Write `index.html`, and `findings.html` where there is a findings.md, from whatever results there are."""
     reports = reports_dir(profile)
     notebooks = []
     for path in notebook_paths():
@@ -398,7 +398,7 @@ def build_index(profile: str) -> None:
     claims = _read_json(reports / "claims.json", [])
     bench = reports / "results" / "bench.csv"  # of `make bench`
     speed = list(csv.DictReader(bench.read_text(encoding="utf-8").splitlines())) if bench.exists() else []
-    others = [another_run(claims, path) for path in sorted((reports / "results").glob("claims_*_run.csv"))]
+    others = kept_runs(claims, reports)
     profiles = []
     if is_reference(profile) and (reports_dir("gpu") / "index.html").exists():
         profiles.append(("Parts of it with a larger source and more images, on a GPU", "gpu/index.html"))
@@ -406,12 +406,20 @@ def build_index(profile: str) -> None:
         profiles.append(("The reference run, of profile laptop", "../index.html"))
     findings = reports / "findings.md"  # of the reference: words that somebody wrote about it, and tables of its claims
     if findings.exists():
-        differ = {claim["id"] for other in others for claim, _ in other["changed"]}
-        words = pages.with_claims(findings.read_text(encoding="utf-8"), claims, differ)
-        write_atomically(findings, words)
-        write_atomically(findings.with_suffix(".html"), pages.words_html("What was found", words, reports))
+        words = pages.words_html("What was found", _with_claims(findings, claims, others), reports)
+        write_atomically(findings.with_suffix(".html"), words)
     html = pages.index_html(profile, claims, notebooks, reports / "figures", speed, others, profiles, findings.exists())
     write_atomically(reports / "index.html", html)
+
+
+def kept_runs(claims: list[dict], reports: Path) -> list[dict]:
+    """`another_run` of every run that is kept beside these reports."""
+    return [another_run(claims, path) for path in sorted((reports / "results").glob("claims_*_run.csv"))]
+
+
+def _with_claims(findings: Path, claims: list[dict], others: list[dict]) -> str:
+    differ = {claim["id"] for other in others for claim, _ in other["changed"]}
+    return pages.with_claims(findings.read_text(encoding="utf-8"), claims, differ)
 
 
 def another_run(claims: list[dict], path: Path) -> dict:
@@ -427,12 +435,14 @@ def another_run(claims: list[dict], path: Path) -> dict:
     return dict(file=path.name, both=len(pairs), changed=changed)
 
 
-def write_readme_claims() -> None:
-    """Write the reference run's claims into README.md, between its two `claims` comments, if it has them."""
-    path = root() / "README.md"
+def write_claims() -> None:
+    """Write the reference run's claims into README.md, between its two `claims` comments, and into findings.md."""
+    reports, path = reports_dir("laptop"), root() / "README.md"
     before, mark, rest = (path.read_text(encoding="utf-8") if path.exists() else "").partition("<!-- claims: ")
     head, end, after = rest.partition("<!-- /claims -->")
-    claims = _read_json(reports_dir("laptop") / "claims.json", [])
+    claims, findings = _read_json(reports / "claims.json", []), reports / "findings.md"
+    if findings.exists():
+        write_atomically(findings, _with_claims(findings, claims, kept_runs(claims, reports)))
     if not (mark and end and claims):
         return
     rows = []
@@ -547,7 +557,7 @@ def reproduce(
         merge_claims(profile)
         build_index(profile)
     if is_reference(profile):
-        write_readme_claims()
+        write_claims()
     print(f"reports: {reports_dir(profile) / 'index.html'}")
     if failed:
         print(f"failed: {', '.join(sorted(failed))}")
@@ -625,5 +635,5 @@ def report(profile: str) -> int:
         merge_claims(profile)
         build_index(profile)
     if is_reference(profile):
-        write_readme_claims()
+        write_claims()
     return len(executed)

@@ -57,9 +57,10 @@ def test_links_of_the_documents_lead_somewhere():
 
 def test_the_tables_of_the_findings_hold_the_reference_runs_claims():
     claims, text = json.loads((ROOT / "reports/claims.json").read_text()), (ROOT / "reports/findings.md").read_text()
-    kept = [reporting.another_run(claims, path) for path in (ROOT / "reports/results").glob("claims_*_run.csv")]
+    kept = reporting.kept_runs(claims, ROOT / "reports")
     differ = {claim["id"] for other in kept for claim, _ in other["changed"]}
-    assert text.count("<!-- claims: ") > 10
+    blocks = re.findall(r"<!-- claims: [^\n]*\n(?:[\w.]+ \| [^\n]*\n)+-->", text)
+    assert len(blocks) == text.count("<!-- claims: ") == text.count("<!-- /claims -->") > 10
     assert pages.with_claims(text, claims, differ) == text, "`projectable report` renews them"
     ids = {re.sub(r"\.(d\d+|\d+_\d+)$", "", claim["id"]) for claim in claims}
     assert set(re.findall(r"^([\w.]+) \| ", text, re.MULTILINE)) <= ids

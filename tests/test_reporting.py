@@ -618,9 +618,21 @@ def test_tables_of_claims_are_made_anew_in_words():
         f"| the source | ? 0.100 [−0.100, 0.300] | – | – | – | 5 | {page} |",
     ]
     assert pages.with_claims(words, []) == words
+    for broken in ("headline", "headline|x", "", "headline | x\n\nb | y"):  # no such block: not a word is lost
+        assert pages.with_claims(words.format(rows=broken), claims) == words.format(rows=broken)
+    unclosed = words.format(rows=rows).replace("<!-- /claims -->", "mine", 1) + words.format(rows=rows)
+    assert "mine" in (text := pages.with_claims(unclosed, claims)) and text.count("old") == 1
 
 
 def test_pictures_of_a_page_are_smaller_and_the_same():
+    flat = io.BytesIO()
+    Image.new("RGB", (300, 200), "red").save(flat, "PNG")
+    page = f'<img src="data:image/png;base64,{base64.b64encode(flat.getvalue()).decode()}">'
+    assert len(pages.smaller(page)) < len(page)
+    deep = io.BytesIO()
+    Image.fromarray(np.full((9, 9), 999, np.uint16)).save(deep, "PNG")
+    page = f'<img src="data:image/png;base64,{base64.b64encode(deep.getvalue()).decode()}">'
+    assert pages.smaller(page) == page, "WebP has eight bits"
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
@@ -867,7 +879,7 @@ def test_readme_shows_every_claim_with_failures_in_sight(tmp_path, monkeypatch):
     ]
     reporting.write_results(tmp_path / "reports" / "claims.json", claims)
     for _ in range(2):  # a second time changes nothing
-        reporting.write_readme_claims()
+        reporting.write_claims()
     text = readme.read_text()
     found = "width 8: reproduced, −0.200 [−0.300, −0.100]<br>width 16: **{}**, −0.200 [−0.300, −0.100]"
     rows = [f"| a {id} wins<br><sub>gap</sub> |" for id in ("headline", "conditioning.x", "conditioning.y")]
