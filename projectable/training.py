@@ -34,6 +34,7 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from threading import Event, Lock
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -101,23 +102,23 @@ class FastProducts(contextlib.ContextDecorator):
     `torch.get_float32_matmul_precision` raises meanwhile. The switch is the process's: it is on while any thread is in.
     """
 
-    _lock, _inside, _on = Lock(), 0, False
+    _now = SimpleNamespace(lock=Lock(), inside=0, on=False)  # not plain values of the class: those are in keys of runs
 
     def __enter__(self) -> None:
-        matmul, cls = torch.backends.mkldnn.matmul, FastProducts  # type: ignore[attr-defined]
-        with cls._lock:
-            if not cls._inside:
+        matmul, now = torch.backends.mkldnn.matmul, self._now  # type: ignore[attr-defined]
+        with now.lock:
+            if not now.inside:
                 capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-                cls._on = matmul.fp32_precision == "none" and gains_by_onednn(capabilities)
-                if cls._on:
+                now.on = matmul.fp32_precision == "none" and gains_by_onednn(capabilities)
+                if now.on:
                     matmul.fp32_precision = "bf16"
-            cls._inside += 1
+            now.inside += 1
 
     def __exit__(self, *_: object) -> None:
-        matmul, cls = torch.backends.mkldnn.matmul, FastProducts  # type: ignore[attr-defined]
-        with cls._lock:
-            cls._inside -= 1
-            if not cls._inside and cls._on and matmul.fp32_precision == "bf16":
+        matmul, now = torch.backends.mkldnn.matmul, self._now  # type: ignore[attr-defined]
+        with now.lock:
+            now.inside -= 1
+            if not now.inside and now.on and matmul.fp32_precision == "bf16":
                 matmul.fp32_precision = "none"
 
 

@@ -238,6 +238,15 @@ LOW_RANK, SPECIALISTS = {"low rank", "from low rank"}, {"specialists", "tuned", 
 RUNS, PROJECTED, ALL = set(KEYED), {"linear", "by default", *LOW_RANK}, {*KEYED, "data", "fashion", "glyphs"}
 
 
+def test_keys_stay_while_runs_train_and_after(monkeypatch, before):
+    """Where products are fast something is switched on and off: a worker's second run had another key than its first."""
+    zen = dict(cpu_name="AMD EPYC", avx512_f=True, amx_tile=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: zen, raising=False)
+    seen = []
+    run(tiny_projectable(steps=2, seed=7), report=lambda *_: seen.append(keys_now()))
+    assert seen and all(keys == before for keys in [*seen, keys_now()])
+
+
 @pytest.mark.parametrize(
     ("old", "new", "changed"),
     [
