@@ -239,7 +239,7 @@ RUNS, PROJECTED, ALL = set(KEYED), {"linear", "by default", *LOW_RANK}, {*KEYED,
 
 
 def test_keys_stay_while_runs_train_and_after(monkeypatch, before):
-    """Where products are fast something is switched on and off: a worker's second run had another key than its first."""
+    """Fast products are switched on and off meanwhile: a worker's second run once had another key than its first."""
     zen = dict(cpu_name="AMD EPYC", avx512_f=True, amx_tile=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: zen, raising=False)
     seen = []
