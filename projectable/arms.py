@@ -134,9 +134,13 @@ DIRECT["specialists_distilled"] = Arm(
 )
 # those from scratch, the shortest first
 FROM_SCRATCH = (*(name for name in DIRECT if name.startswith("specialists_a_")), "specialists", "specialists_matched")
-# … and from the source, cut to the leading directions of its activations
-_CUT: dict = dict(options=dict(p0="pca"), max_seeds=3)
 DIRECT |= {
+    f"tuned_{share:g}": Arm(f"projected, then {share:.0%} of the steps", "tuned", share, "projected", max_seeds=3)
+    for share in (0.01, 0.1, 1.0)
+}
+# of the notebook on equal compute: specialists that are the source, cut to the leading directions of its activations, …
+_CUT: dict = dict(options=dict(p0="pca"), max_seeds=3)
+CUT = {
     "cut": Arm("cut from the fully trained source", "cut", "none", "source_control", **_CUT),
     "cut_tuned": Arm("cut from the fully trained source, tuned", "cut", "joint", "source_control", **_CUT),
     "cut_start": Arm("cut from the source that projections start from, tuned", "cut", "joint", "source", **_CUT),
@@ -146,9 +150,12 @@ DIRECT |= {
         "cut from the fully trained source, tuned, the projections' compute", "cut", "matched", "source_control", **_CUT
     ),
 }
-DIRECT |= {
-    f"tuned_{share:g}": Arm(f"projected, then {share:.0%} of the steps", "tuned", share, "projected", max_seeds=3)
-    for share in (0.01, 0.1, 1.0)
+# … and rivals with the projections' compute, of all widths and of one
+EQUAL_COMPUTE = {
+    "hypernetwork_matched": Arm("hypernetwork, the projections' compute", "hypernetwork", "matched", max_seeds=3),
+    "universal_alone": Arm(
+        "best universal, the compute of projecting to its width alone", "universal", "alone", max_seeds=3
+    ),
 }
 # of the notebook on hypernetworks: other forms of maps (orthonormal ones make no weights), and more task dimensions
 HYPERNETWORKS = {
@@ -190,17 +197,12 @@ CONDITIONED = {
     if name != "LearnedID"
 }
 OTHERS = {
-    # of the notebook on cost: rivals with the projections' compute, of all widths and of one
-    "hypernetwork_matched": Arm("hypernetwork, the projections' compute", "hypernetwork", "matched", max_seeds=3),
-    "universal_alone": Arm(
-        "best universal, the compute of projecting to its width alone", "universal", "alone", max_seeds=3
-    ),
     # of the notebook on what the source brings: with and without its own objective, trained before or not
     "source_tuned": _projected("source tuned for the projections alone", source_mode="tuned"),
     "bank_kept": _projected("random source with the source's objective", source_mode="random_kept"),
     # of the notebook on a source that is there already: a rival that starts from it, too, with the projections' compute
     "cut_start_matched": replace(
-        DIRECT["cut_start"],
+        CUT["cut_start"],
         words="cut from the source that projections start from, tuned, the projections' compute",
         steps="matched",
     ),
@@ -225,7 +227,7 @@ OTHERS = {
     # of the notebook on the source: another rival of the same deployed size, and another family of Transformers
     "hard_mixture": Arm("hard mixture of four plain models", "hard_mixture", max_seeds=3),
 }
-EVERY = ARMS | DIRECT | HYPERNETWORKS | FAMILIES | FACTORS | ALONE | CONDITIONED | OTHERS
+EVERY = ARMS | DIRECT | CUT | EQUAL_COMPUTE | HYPERNETWORKS | FAMILIES | FACTORS | ALONE | CONDITIONED | OTHERS
 # arms of a masked study: those that make sense without an order, so no task token
 MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected", *UNIVERSALS[1:])}
 
@@ -679,14 +681,15 @@ class Scarce(Compared):
     """New tasks with n images of each, after a study of others: the arms of `FEW_IMAGES`, swept and run over seeds.
 
     Sweeps start with `profile.trials` rates a factor 3 apart and go on beyond an edge, as those of a `Study` do.
-    A seed also draws the images; a fifth of them, at least one a task, choose the step and the learning rate.
+    A seed also draws the images; a fifth of them, at least one a task, choose the step and the learning rate, or the
+    first `val_images` of these: with all of many tasks evaluating costs more than tuning.
     """
 
     factor = 3.0
 
-    def __init__(self, study: Study, tasks: str, n: int, steps: int):
+    def __init__(self, study: Study, tasks: str, n: int, steps: int, val_images: int = 0):
         super().__init__(study.profile)
-        self.study, self.tasks, self.n, self.steps = study, tasks, n, steps
+        self.study, self.tasks, self.n, self.steps, self.val_images = study, tasks, n, steps, val_images
         self.about, self._about_rows = f"{n} images of a new task, ", dict(n=n)
 
     def _base(self, name: str, size: int, seed: int) -> RunConfig | None:
@@ -725,8 +728,8 @@ class Scarce(Compared):
             tasks_per_step=p.tasks_per_step,
             images_per_task=p.images_per_task,
             warmup=10,
-            eval_every=max(1, steps // 10),
-            val_images=0,
+            eval_every=max(1, steps // 5),
+            val_images=self.val_images,
             patience=3,
             options=(("tune", arm.tune),) if arm.tune else (),
             start=start,
