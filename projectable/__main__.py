@@ -78,6 +78,17 @@ def report(profile: str) -> None:
 
 
 @cli.command()
+@click.argument("name")
+@profile_option
+def keep(name: str, profile: str) -> None:
+    """Keep this run's claims under a NAME: the index sets later runs beside them.
+
+    Example: projectable keep mine
+    """
+    click.echo(reporting.keep(name, profile))
+
+
+@cli.command()
 @click.argument("notebooks", nargs=-1, type=click.Path(path_type=Path))
 def check(notebooks: tuple[Path, ...]) -> None:
     """Check that notebooks are fit to be stored.

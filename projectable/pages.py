@@ -499,6 +499,7 @@ IN_SHORT = {  # the index's first table: questions under headings, each the id o
     "… that are trained for the compute of source and projections": {
         "headline.matched": "the best universal model",
         "direct.compute": "specialists from scratch",
+        "direct.cut_compute": "specialists cut from the fully trained source",
         "cost.hypernetwork": "a hypernetwork",
     },
     "… elsewhere": {
@@ -521,7 +522,13 @@ SETTINGS = {
     "gpu": "Fashion-MNIST, its ten classes as tasks, an image as 49 tokens out of 256; a source of width 128 with 3 "
     "layers; small models of width 8, 16, 32 and 64; 3 seeds.",
 }
-KINDS = {"claims_another_run.csv": "the comparison run", "claims_third_run.csv": "a third run"}
+KINDS = {"reference": "the reference run", "another": "the comparison run", "third": "a third run"}
+
+
+def kind(file: str) -> str:
+    """A kept run in words, from the name of its file, claims_NAME_run.csv."""
+    name = file.removeprefix("claims_").removesuffix("_run.csv")
+    return KINDS.get(name, f"the run “{name}”")
 
 
 def in_short(claims: Sequence[dict]) -> tuple[list[int], list[tuple[str, list[tuple[str, list[dict | None]]]]]]:
@@ -672,7 +679,7 @@ def _template(name: str):
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     environment.filters.update(interval=interval, duration=duration, trained=trained, when=when)
     environment.filters.update(families=claim_families, counted=counted, slug=lambda words: words.replace(" ", "-"))
-    environment.filters.update(in_brief=in_brief, short=short, kind=lambda file: KINDS.get(file, "another run"))
+    environment.filters.update(in_brief=in_brief, short=short, kind=kind)
     return environment.get_template(name)
 
 

@@ -412,9 +412,32 @@ def build_index(profile: str) -> None:
     write_atomically(reports / "index.html", html)
 
 
+def keep(name: str, profile: str = "laptop") -> Path:
+    """Keep this run's claims as results/claims_NAME_run.csv: the index and findings.md set later ones beside them.
+
+    Raises ReportError where there are no claims, for a name that is kept already or is none.
+    """
+    reports = reports_dir(check_profile(profile))
+    path, claims = reports / "results" / f"claims_{name}_run.csv", _read_json(reports / "claims.json", [])
+    if not re.fullmatch(r"\w+", name):
+        raise ReportError(f"{name!r} is no name of a run; allowed: letters, digits and _")
+    if path.exists():
+        raise ReportError(f"{path} is there already: another name, or delete it")
+    if not claims:
+        raise ReportError(f"{reports / 'claims.json'} holds no claims: nothing to keep")
+    from pandas import DataFrame
+
+    write_atomically(path, DataFrame(claims)[KEPT].to_csv(index=False, float_format="%.6g"))
+    return path
+
+
+KEPT = ["id", "value", "ci_low", "ci_high", "seeds", "tasks", "verdict", "commit"]
+
+
 def kept_runs(claims: list[dict], reports: Path) -> list[dict]:
-    """`another_run` of every run that is kept beside these reports."""
-    return [another_run(claims, path) for path in sorted((reports / "results").glob("claims_*_run.csv"))]
+    """`another_run` of every run that is kept beside these reports, but for these claims themselves."""
+    runs = [another_run(claims, path) for path in sorted((reports / "results").glob("claims_*_run.csv"))]
+    return [run for run in runs if run["others"]]
 
 
 def _with_claims(findings: Path, claims: list[dict], others: list[dict]) -> str:
@@ -425,14 +448,17 @@ def _with_claims(findings: Path, claims: list[dict], others: list[dict]) -> str:
 def another_run(claims: list[dict], path: Path) -> dict:
     """These claims beside those of another run, kept in a CSV (id, value, ci_low, ci_high, verdict, commit).
 
-    `file`: its name; `both`: how many claims have both; `changed`: pairs of claims whose verdict differs.
+    `file`: its name; `both`: how many claims have both; `changed`: pairs of claims whose verdict differs, `opposite` of
+    them one refutes what the other finds; `others`: how many are of another commit or value.
     """
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     numbers = ("value", "ci_low", "ci_high")
     there = {row["id"]: row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows}
     pairs = [(claim, there[claim["id"]]) for claim in claims if claim["id"] in there]
     changed = [(claim, other) for claim, other in pairs if claim["verdict"] != other["verdict"]]
-    return dict(file=path.name, both=len(pairs), changed=changed)
+    opposite = sum({a["verdict"], b["verdict"]} == {"reproduced", "not reproduced"} for a, b in changed)
+    others = sum((a["commit"], pages.interval(a)) != (b["commit"], pages.interval(b)) for a, b in pairs)
+    return dict(file=path.name, both=len(pairs), changed=changed, opposite=opposite, others=others)
 
 
 def write_claims() -> None:
@@ -558,7 +584,13 @@ def reproduce(
         build_index(profile)
     if is_reference(profile):
         write_claims()
-    print(f"reports: {reports_dir(profile) / 'index.html'}")
+    reports = reports_dir(profile)
+    for run in kept_runs(_read_json(reports / "claims.json", []), reports):
+        same = run["both"] - len(run["changed"])
+        print(
+            f"beside {pages.kind(run['file'])}: {same} of {run['both']} verdicts the same, {run['opposite']} opposite"
+        )
+    print(f"reports: {reports / 'index.html'}")
     if failed:
         print(f"failed: {', '.join(sorted(failed))}")
     return len(failed)

@@ -304,13 +304,44 @@ def test_the_index_tells_what_differs_from_another_run(tmp_path):
     assert "1 of 2 verdicts are the same" in html and html.count("claim 2") == 2 and html.count("claim 1") == 1
     assert "1 of 1 verdicts are the same" in html and html.count("None differs.") == 1
     assert "Beside another run" not in pages.index_html("laptop", here, [], tmp_path, [], [other | dict(both=0)])
+    assert (other["opposite"], other["others"], alike["others"]) == (0, 2, 1)
+
+
+def test_a_run_that_is_kept_stands_beside_later_ones(project, capsys):
+    """Not beside itself; a name is given once, and what is opposite is counted apart."""
+    reports = project / "reports"
+    reports.mkdir()
+    with pytest.raises(pages.ReportError, match="holds no claims: nothing to keep"):
+        reporting.keep("mine")
+    found = dict(claim="c", statistic="gap", ci_low=0.01, ci_high=None, seeds=3, tasks=10, notebook="04_x", commit="a")
+    claims = [found | dict(id=f"c.d{s}", value=1 / s, verdict="reproduced") for s in (3, 8)]
+    (reports / "claims.json").write_text(json.dumps(claims))
+    path = reporting.keep("mine")
+    assert path.name == "claims_mine_run.csv" and reporting.kept_runs(claims, reports) == []
+    for name, why in (
+        ("mine", "is there already: another name, or delete it"),
+        ("a b", "allowed: letters, digits and _"),
+    ):
+        with pytest.raises(pages.ReportError, match=why):
+            reporting.keep(name)
+    later = [claims[0], claims[1] | dict(value=-0.1, verdict="not reproduced")]
+    (run,) = reporting.kept_runs(later, reports)
+    assert (run["both"], run["opposite"], [claim["id"] for claim, _ in run["changed"]]) == (2, 1, ["c.d8"])
+    html = pages.index_html("laptop", later, [], reports, [], [run])
+    assert "Beside the run “mine”: 1 of 2 verdicts are the same, 1 the opposite" in html
 
 
 def test_runs_that_are_kept_are_others():
+    """But for the reference run, which readers' own runs are set beside."""
     claims, kept = json.loads((REPORTS / "claims.json").read_text()), sorted(REPORTS.glob("results/claims_*_run.csv"))
-    assert len(kept) >= 2
+    reference = REPORTS / "results/claims_reference_run.csv"
+    assert len(kept) >= 3 and reference in kept
+    assert [other for other in reporting.kept_runs(claims, REPORTS) if "reference" in other["file"]] == []
     for path in kept:
         there = pd.read_csv(path).set_index("id")
+        if path == reference:
+            assert set(there.index) == {claim["id"] for claim in claims}, "`projectable keep reference` anew"
+            continue
         pairs = [(claim, there.loc[claim["id"]]) for claim in claims if claim["id"] in there.index]
         assert len(pairs) > 100 and there.index.is_unique, path
         same = [claim["id"] for claim, other in pairs if claim["commit"] == other["commit"]]
