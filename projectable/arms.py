@@ -681,15 +681,14 @@ class Scarce(Compared):
     """New tasks with n images of each, after a study of others: the arms of `FEW_IMAGES`, swept and run over seeds.
 
     Sweeps start with `profile.trials` rates a factor 3 apart and go on beyond an edge, as those of a `Study` do.
-    A seed also draws the images; a fifth of them, at least one a task, choose the step and the learning rate, or the
-    first `val_images` of these: with all of many tasks evaluating costs more than tuning.
+    A seed also draws the images; a fifth of them, at least one a task, choose the step and the learning rate.
     """
 
     factor = 3.0
 
-    def __init__(self, study: Study, tasks: str, n: int, steps: int, val_images: int = 0):
+    def __init__(self, study: Study, tasks: str, n: int, steps: int):
         super().__init__(study.profile)
-        self.study, self.tasks, self.n, self.steps, self.val_images = study, tasks, n, steps, val_images
+        self.study, self.tasks, self.n, self.steps = study, tasks, n, steps
         self.about, self._about_rows = f"{n} images of a new task, ", dict(n=n)
 
     def _base(self, name: str, size: int, seed: int) -> RunConfig | None:
@@ -728,8 +727,8 @@ class Scarce(Compared):
             tasks_per_step=p.tasks_per_step,
             images_per_task=p.images_per_task,
             warmup=10,
-            eval_every=max(1, steps // 5),
-            val_images=self.val_images,
+            eval_every=max(1, steps // 10),
+            val_images=0,
             patience=3,
             options=(("tune", arm.tune),) if arm.tune else (),
             start=start,

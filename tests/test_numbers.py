@@ -199,7 +199,6 @@ def test_new_tasks_use_all_their_validation_images_and_the_whole_base(study):  #
     study.loss = lambda config, member: 1.0
     config = Scarce(study, "heldout20", 5, 20).config("projected_vector", 8, 1e-2, 0)
     assert (config.val_images, config.patience, config.warmup) == (0, 3, 10) and config.start.sizes == study.sizes
-    assert Scarce(study, "heldout20", 5, 20, val_images=5).config("projected_vector", 8, 1e-2, 0).val_images == 5
 
 
 def test_the_crossed_bootstrap_redraws_seeds(digits):
