@@ -520,7 +520,12 @@ SETTINGS = {
     "gpu": "Fashion-MNIST, its ten classes as tasks, an image as 49 tokens out of 256; a source of width 128 with 3 "
     "layers; small models of width 8, 16, 32 and 64; 3 seeds.",
 }
-KINDS = {"reference": "the reference run", "another": "the comparison run", "third": "a third run"}
+KINDS = {
+    "reference": "the reference run",
+    "earlier": "the reference run before this one",
+    "another": "the comparison run",
+    "third": "a third run",
+}
 
 
 def kind(file: str) -> str:
