@@ -417,10 +417,10 @@ def keep(name: str, profile: str = "laptop") -> Path:
 
     Raises ReportError where there are no claims, for a name that is kept already or is none.
     """
-    reports = reports_dir(check_profile(profile))
-    path, claims = reports / "results" / f"claims_{name}_run.csv", _read_json(reports / "claims.json", [])
     if not re.fullmatch(r"\w+", name):
         raise ReportError(f"{name!r} is no name of a run; allowed: letters, digits and _")
+    reports = reports_dir(check_profile(profile))
+    path, claims = reports / "results" / f"claims_{name}_run.csv", _read_json(reports / "claims.json", [])
     if path.exists():
         raise ReportError(f"{path} is there already: another name, or delete it")
     if not claims:
