@@ -42,7 +42,7 @@ from .transformer import (
     task_losses,
 )
 
-CONDITIONINGS = ("none", "token", "additive", "film", "adaln")
+TOLD_BY = ("none", "token", "additive", "film", "adaln")  # how universal models, and the source, are told their task
 
 
 class Model(nn.Module):
@@ -106,8 +106,8 @@ class Universal(Model):
         zero_writes: bool = False,
     ):
         super().__init__()
-        if conditioning not in CONDITIONINGS:
-            raise ValueError(f"unknown conditioning {conditioning!r}; allowed: {', '.join(CONDITIONINGS)}")
+        if conditioning not in TOLD_BY:
+            raise ValueError(f"unknown conditioning {conditioning!r}; allowed: {', '.join(TOLD_BY)}")
         self.shape, self.n_tasks, self.conditioning = shape, n_tasks, conditioning
         self.members = (member or f"d{shape.d_model}",)
         if zero_writes and conditioning == "adaln":
@@ -253,7 +253,7 @@ def for_new_tasks(base: Universal | Hypernetwork, n_tasks: int, tune: str = "vec
         model = Universal(base.shape, n_tasks, base.conditioning)
         table = "film" if base.conditioning == "film" else "task_embedding"
     else:
-        allowed = ", ".join(CONDITIONINGS[1:])
+        allowed = ", ".join(TOLD_BY[1:])
         raise ValueError(
             f"{type(base).__name__} with {base.conditioning!r} conditioning; allowed for new tasks: {allowed}"
         )

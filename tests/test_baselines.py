@@ -8,7 +8,7 @@ from conftest import randomise, tiny
 from projectable import experiment
 from projectable.generators import Linear
 from projectable.models import (
-    CONDITIONINGS,
+    TOLD_BY,
     Distilled,
     DistilledSpecialists,
     HardMixture,
@@ -50,7 +50,7 @@ def explicit(plain, tokens, scale, shift, gate, d_head=8):
     return (scale[-1] * rms_norm(x) + shift[-1]) @ plain["head"]
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("conditioning", TOLD_BY)
 def test_folded_weights_equal_the_explicit_forward_pass(shape, tokens, conditioning):
     model = conditional(shape, conditioning)
     logits = forward(model.weights("d16", torch.arange(T)), tokens).expand(T, -1, -1, -1)
@@ -71,14 +71,14 @@ def test_folded_weights_equal_the_explicit_forward_pass(shape, tokens, condition
         torch.testing.assert_close(logits[t], expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("conditioning", TOLD_BY)
 def test_at_the_start_all_tasks_are_told_the_same(shape, tokens, conditioning):
     model = Universal(shape, T, conditioning)
     losses = model.losses(torch.arange(T), tokens[:1].expand(T, -1, -1))["d16"]
     torch.testing.assert_close(losses, losses[:1].expand(T))
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONINGS[1:])
+@pytest.mark.parametrize("conditioning", TOLD_BY[1:])
 def test_task_terms_tell_tasks_apart(shape, tokens, conditioning):
     losses = conditional(shape, conditioning).losses(torch.arange(T), tokens[:1].expand(T, -1, -1))["d16"]
     assert len({round(loss, 4) for loss in losses.tolist()}) == T
@@ -90,7 +90,7 @@ def test_adaln_zero_starts_with_blocks_that_do_nothing(shape, tokens):
     assert torch.equal(seen["stream.1"].view(T, 3, 16, 16), embed(weights, tokens))
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("conditioning", TOLD_BY)
 def test_every_parameter_is_trained(shape, tokens, conditioning):
     model = conditional(shape, conditioning)
     model.losses(torch.arange(T), tokens)["d16"].mean().backward()
@@ -106,7 +106,7 @@ def test_unknown_conditioning(shape):
         Universal(shape, T, "telepathy")
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("conditioning", TOLD_BY)
 def test_specialists_begin_as_the_universal_model_they_start_from(shape, tokens, conditioning):
     model, ids = conditional(shape, conditioning), torch.arange(T)
     specialists = Specialists(shape, T, model.weights("d16", ids)).double()

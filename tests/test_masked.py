@@ -11,7 +11,7 @@ from projectable import experiment
 from projectable.arms import MASKED, Study
 from projectable.config import get_profile
 from projectable.export import export
-from projectable.models import CONDITIONINGS, Projectable, Universal
+from projectable.models import TOLD_BY, Projectable, Universal
 from projectable.transformer import Shape, draw_places, masked_losses
 
 T, V, N = 3, 32, 16
@@ -48,7 +48,7 @@ def by_hand(w, tokens, places):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("conditioning", TOLD_BY)
 def test_the_loss_by_hand(tokens, conditioning, grad):
     model, places = universal(conditioning), draw_places(T, 4, N)
     weights = model.weights("d16", torch.arange(T))

@@ -8,9 +8,9 @@ from conftest import randomise, tiny_projectable
 
 from projectable import experiment, transformer
 from projectable.models import (
-    CONDITIONINGS,
     LAYOUTS,
     SOURCE_MODES,
+    TOLD_BY,
     Projectable,
     Projection,
     Universal,
@@ -117,7 +117,7 @@ def test_base_maps_are_orthonormal_and_select_whole_heads(big, tokens, kind):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["Linear", "Static"])
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("conditioning", TOLD_BY)
 def test_at_full_size_and_slice_it_is_the_source(big, tokens, conditioning, family, layout):
     """The largest small model is the source itself, whatever tells that of its task: nothing is lost but by size."""
     whole = model(tokens, (BIG,), p0="slice", layout=layout, conditioning=conditioning, family=family)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import randomise
 
-from projectable.models import CONDITIONINGS, Specialists, Universal
+from projectable.models import TOLD_BY, Specialists, Universal
 from projectable.transformer import Shape, _Decoder, forward, initial_weights, sample
 
 T = 3
@@ -26,7 +26,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("conditioning", TOLD_BY)
 def test_with_a_cache_the_logits_are_the_same(shape, tokens, conditioning):
     """No task axis, one on the positions only, or one on all reads with biases (FiLM), or on writes too (AdaLN)."""
     weights = randomise(Universal(shape, T, conditioning)).double().weights("d16", torch.arange(T))
