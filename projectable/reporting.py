@@ -412,6 +412,9 @@ def build_index(profile: str) -> None:
     write_atomically(reports / "index.html", html)
 
 
+KEPT = ["id", "value", "ci_low", "ci_high", "seeds", "tasks", "verdict", "commit"]
+
+
 def keep(name: str, profile: str = "laptop") -> Path:
     """Keep this run's claims as results/claims_NAME_run.csv: the index and findings.md set later ones beside them.
 
@@ -429,9 +432,6 @@ def keep(name: str, profile: str = "laptop") -> Path:
 
     write_atomically(path, DataFrame(claims)[KEPT].to_csv(index=False, float_format="%.6g"))
     return path
-
-
-KEPT = ["id", "value", "ci_low", "ci_high", "seeds", "tasks", "verdict", "commit"]
 
 
 def kept_runs(claims: list[dict], reports: Path) -> list[dict]:

@@ -307,7 +307,7 @@ def test_the_index_tells_what_differs_from_another_run(tmp_path):
     assert (other["opposite"], other["others"], alike["others"]) == (0, 2, 1)
 
 
-def test_a_run_that_is_kept_stands_beside_later_ones(project, capsys):
+def test_a_run_that_is_kept_stands_beside_later_ones(project):
     """Not beside itself; a name is given once, and what is opposite is counted apart."""
     reports = project / "reports"
     reports.mkdir()
