@@ -314,8 +314,8 @@ class Profile:
     @property
     def glyphs(self) -> Profile:
         """The same with letters as tasks; others are held out (tasks `heldout`)."""
-        tasks = "train16" if self.name == "smoke" else "train256"
-        return replace(self, data=replace(self.data, dataset="glyphs", tasks=tasks, patch=4, val_per_class=20))
+        tasks, n = ("train16", 10) if self.name == "smoke" else ("train256", 20)
+        return replace(self, data=replace(self.data, dataset="glyphs", tasks=tasks, patch=4, val_per_class=n))
 
     @property
     def short(self) -> Profile:
@@ -334,14 +334,14 @@ _SMOKE = Profile(  # no evidence: it shows that everything runs
     DataConfig("digits", vocab_size=32, patch=2, val_per_class=20),
     d_source=32,
     sizes=(8, 16, 24),
-    source_steps=4,
-    joint_steps=6,
+    source_steps=6,
+    joint_steps=4,
     images_per_task=2,
     seeds=(0, 1),
     trials=2,
     max_trials=2,
     n_clusters=16,
-    eval_every=5,
+    eval_every=4,
     val_images=10,
 )
 _GPU = Profile(  # one CUDA device: a bigger source, more sizes, seven times as many images

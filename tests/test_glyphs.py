@@ -10,7 +10,7 @@ from projectable import tasks
 from projectable.tasks import SPLITS, Images, few, glyphs, make_tasks
 from projectable.tasks.images import DataError, load_digits
 
-ARGUMENTS = dict(vocab_size=32, patch=4, val_per_class=3)
+ARGUMENTS = dict(vocab_size=32, patch=4, val_per_class=1)
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,7 @@ def sides():
 @pytest.fixture(scope="module")
 def made():
     """Small sets of glyph tasks, by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glyphs, "PER_TASK", {"train": 9, "test": 3})
-        return {name: make_tasks("glyphs", name, **ARGUMENTS) for name in ("train8", "train20", "heldout")}
+    return {name: make_tasks("glyphs", name, **ARGUMENTS) for name in ("train8", "train20", "heldout")}
 
 
 # ------------------------------------------------------------------------------------------------ letters and sides
@@ -116,8 +114,8 @@ def test_glyphs_as_task_data(made):
     data = made["train8"]
     assert data.name == "glyphs/train8" and data.n_tasks == 8 and len(data.families) == 8
     assert all(unicodedata.lookup(name) for name in data.task_names)
-    assert [len(data.tokens[s][0]) for s in SPLITS] == [9, 3, 3] and data.codebook.length == 25
-    expected = data.codebook.encode(glyphs.draw(unicodedata.lookup(data.task_names[3]), "val", 3))
+    assert [len(data.tokens[s][0]) for s in SPLITS] == [6, 1, 3] and data.codebook.length == 25
+    expected = data.codebook.encode(glyphs.draw(unicodedata.lookup(data.task_names[3]), "val", 1))
     assert np.array_equal(data.tokens["val"][3].numpy(), expected)
 
 

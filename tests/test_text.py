@@ -16,7 +16,7 @@ from projectable.tasks import SPLITS, Codebook, TaskData, few, make_tasks, text
 from projectable.tasks.images import DataError
 from projectable.tasks.text import LENGTH, UNKNOWN, Alphabet, Source, sequences
 
-COUNTS = {"train": 60, "val": 10, "test": 20}
+COUNTS = {"train": 100, "val": 10, "test": 20}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,6 @@ def reference():
 def made():
     """Two kinds of writing as task data."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "PER_TASK", COUNTS)
         patch.setattr(text, "KINDS", {kind: text.KINDS[kind] for kind in ("language reference", "type stubs")})
         return make_tasks("text", "kinds", vocab_size=60, val_per_class=10)
 
@@ -152,7 +151,7 @@ def test_ten_kinds_of_code_and_prose():
 def test_text_as_task_data(made):
     assert made.name == "text/kinds" and made.task_names == ("language reference", "type stubs")
     assert made.families == ("prose", "code") and made.codebook.length == LENGTH and "numpy 2." in made.licence
-    assert [x.shape for x in made.tokens["train"]] == [(60, LENGTH)] * 2
+    assert [x.shape for x in made.tokens["train"]] == [(COUNTS["train"], LENGTH)] * 2
     assert max(x.max() for s in SPLITS for x in made.tokens[s]) == 59
     stubs = "".join(made.codebook.decode(made.tokens["train"][1]))
     assert "def " in stubs and "Any" in stubs and stubs.count(UNKNOWN) < 0.01 * len(stubs)
@@ -160,12 +159,11 @@ def test_text_as_task_data(made):
 
 
 def test_the_alphabet_sees_training_text_only(monkeypatch):
-    pieces = {"train": ["a" * LENGTH], "val": ["v" * LENGTH], "test": ["z" * LENGTH]}
+    pieces = {"train": ["a" * LENGTH] * 10, "val": ["v" * LENGTH], "test": ["z" * LENGTH] * 2}
     monkeypatch.setattr(text, "sequences", lambda *about: pieces)
-    monkeypatch.setattr(text, "PER_TASK", {"train": 1, "test": 1})
-    data = text.make_text("kinds", 128, 1)
+    data = text.make_text("kinds", 128, 2)
     assert data.codebook.characters == UNKNOWN + "a" + UNKNOWN * 126  # as many as the model has
-    assert data.tokens["test"][0].sum() == 0 and data.tokens["train"][0].sum() == LENGTH
+    assert data.tokens["test"][0].sum() == 0 and (data.tokens["train"][0] == 1).all()
 
 
 def test_a_missing_package_or_text_is_named(monkeypatch):

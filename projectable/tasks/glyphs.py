@@ -28,7 +28,8 @@ SIZE = 20  # pixels, both ways
 FINE = 3  # letters are drawn and moved at FINE times that size, then averaged
 EM = 18 * FINE  # font size
 CANVAS = 28 * FINE  # of a letter before it is moved; wider ones are made narrower
-PER_TASK = {"train": 120, "test": 60}  # images; those of validation are an argument
+PER_TASK = {"train": 120, "test": 60}  # images at most …
+PER_VAL = {"train": 6, "test": 3}  # … and for each of validation, whose number is an argument
 FACES = {  # of every family two faces to train on, one to validate, one to test; every style is in every role but once
     "Sans": dict(
         train=("DejaVuSans", "DejaVuSans-BoldOblique"), val=("DejaVuSans-Bold",), test=("DejaVuSans-Oblique",)
@@ -194,6 +195,7 @@ def _codebook(patch: int, size: int) -> Codebook:
 def make_glyphs(tasks: str, vocab_size: int, patch: int, val_per_class: int) -> TaskData:
     """Letters as tasks: `train`, or those of the `heldout` scripts; with a number N, the first N in a shuffled order.
 
+    Six training and three test images for each of validation, up to PER_TASK of a letter.
     Raises ValueError naming the allowed values, DataError where the fonts are missing.
     """
     train, held_out = letters()
@@ -205,7 +207,7 @@ def make_glyphs(tasks: str, vocab_size: int, patch: int, val_per_class: int) -> 
         raise ValueError(f"unknown tasks {tasks!r}; allowed: {words}")
     chosen = sides[side][:n] if n else held_out if side == "heldout" else train
     book = _codebook(patch, vocab_size)
-    counts = PER_TASK | {"val": val_per_class}
+    counts = {s: min(PER_TASK[s], n * val_per_class) for s, n in PER_VAL.items()} | {"val": val_per_class}
     tokens = {s: [torch.from_numpy(book.encode(draw(x, s, counts[s]))) for x in chosen] for s in SPLITS}
     names = tuple(unicodedata.name(x) for x in chosen)
     licence = "DejaVu fonts (Bitstream Vera and Arev licences, changes in the public domain)"

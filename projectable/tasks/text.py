@@ -31,7 +31,8 @@ from . import SPLITS, Codebook, TaskData
 from .images import SEED, DataError
 
 LENGTH = 64  # characters of a sequence
-PER_TASK = {"train": 4000, "test": 500}  # sequences; those of validation are an argument
+PER_TASK = {"train": 4000, "test": 500}  # sequences at most …
+PER_VAL = {"train": 10, "test": 2}  # … and for each of validation, whose number is an argument
 PER_FILE = {"train": 512, "val": 128, "test": 128}  # sequences of a file at most: many files, not a few long ones
 MODULES = {"scikit-learn": "sklearn"}  # where a package's name is not that of its module
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -217,11 +218,12 @@ def sequences(kind: str, counts: dict[str, int]) -> dict[str, list[str]]:
 def make_text(tasks: str, vocab_size: int, val_per_class: int) -> TaskData:
     """Kinds of writing as tasks (`kinds`), LENGTH characters a sequence; `codebook` is an `Alphabet`.
 
+    Ten training and two test sequences for each of validation, up to PER_TASK of a kind.
     Raises ValueError naming the allowed values, DataError where a package is missing or has too little text.
     """
     if tasks != "kinds":
         raise ValueError(f"unknown tasks {tasks!r}; allowed: kinds")
-    counts = PER_TASK | {"val": val_per_class}
+    counts = {s: min(PER_TASK[s], n * val_per_class) for s, n in PER_VAL.items()} | {"val": val_per_class}
     found = {kind: sequences(kind, counts) for kind in KINDS}
     for kind, by_split in found.items():
         for split, texts in by_split.items():
