@@ -230,6 +230,8 @@ def train(config: str, executor: str | None) -> None:
         said, trained = "", {}
         try:
             done = team.first(partial(experiment.is_done, wanted))
+            if wanted.start is not None and not done:
+                team.first(partial(experiment.try_out, wanted))
             for part in [] if done else chain(wanted):
                 if team.first(partial(experiment.is_done, part)):
                     continue

@@ -391,7 +391,6 @@ class Study(Compared):
         for name in self.options:
             if name not in self.arms:
                 raise ValueError(f"options of an unknown arm {name!r}; allowed: {', '.join(self.arms)}")
-        self._best: dict[int, str] = {}
 
     # ----------------------------------------------------------------------------------------------- configs
 
@@ -461,10 +460,6 @@ class Study(Compared):
 
     # ------------------------------------------------------------------------------------- sweeps and seeds
 
-    def _sweeping(self, names: tuple[str, ...]) -> Generator[list[RunConfig], list[Run], pd.DataFrame]:
-        self._best = {} if set(names) & set(UNIVERSALS) else self._best  # chosen anew
-        return super()._sweeping(names)
-
     def names(self) -> Collection[str]:
         return self.arms
 
@@ -515,11 +510,11 @@ class Study(Compared):
 
     def best_universal(self, size: int) -> str:
         """The conditioning with the lowest validation loss at that size."""
-        if size not in self._best:
-            table = self.sweep(*(name for name in UNIVERSALS if name in self.arms))
-            best = table.loc[table.groupby("d_s").val_loss.idxmin()]
-            self._best = dict(zip(best.d_s.tolist(), best.arm.tolist(), strict=True))
-        return self._best[size]
+        names = [name for name in UNIVERSALS if name in self.arms]
+        if not self._swept.keys() >= set(names):
+            self.sweep(*names)
+        losses = {name: self._swept[name].groupby("d_s").val_loss.min()[size] for name in names}
+        return min(losses, key=losses.__getitem__)
 
     def _of_seeds(self, names: Iterable[str], max_seeds: int | None) -> list[tuple[str, str, RunConfig]]:
         configs: list[tuple[str, str, RunConfig]] = []
@@ -538,10 +533,6 @@ class Study(Compared):
     def _before(self, name: str, config: RunConfig) -> tuple[Compared, str]:
         start = self.arms[name].start
         return self, self.best_universal(*config.sizes) if start == "universal" else start
-
-    def _forget(self) -> tuple[str, ...]:
-        self._best = {}
-        return super()._forget()
 
 
 def seeds_together(wanted: Sequence[tuple[Compared, Iterable[str]]], max_seeds: int = 3) -> None:

@@ -403,15 +403,11 @@ def config_from(found: dict, models: Collection[str], where: str = "config") -> 
     `models` are the names of models that are allowed.
     """
     try:
-        return _checked(_build(RunConfig, found, where), models, where)
+        config = part = _build(RunConfig, found, where)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def _checked(config: RunConfig, models: Collection[str], where: str) -> RunConfig:
-    """A config whose model, and that of what it starts from, is known. Raises ConfigError."""
-    if config.model not in models:
-        raise ConfigError(f"{where}: unknown model {config.model!r}; allowed: {', '.join(models)}")
-    if config.start is not None:
-        _checked(config.start, models, f"{where}, start")
+    while part is not None:
+        if part.model not in models:
+            raise ConfigError(f"{where}: unknown model {part.model!r}; allowed: {', '.join(models)}")
+        part, where = part.start, f"{where}, start"
     return config

@@ -541,8 +541,8 @@ def _blank(config: RunConfig, data: TaskData) -> Model:
     return untrained(config, data, start)
 
 
-def _try_out(config: RunConfig) -> None:
-    """Make the model of a config, but for the weights of its start: raises what is wrong before that is trained."""
+def try_out(config: RunConfig) -> None:
+    """Make the model of a config that has a start, but for its weights: raises what is wrong before that is trained."""
     _check_options(config)
     start = cast(RunConfig, config.start)
     with torch.random.fork_rng(devices=[]):
@@ -591,7 +591,7 @@ def run(
                 try:
                     if config.start is not None:
                         if not is_done(config.start):
-                            _try_out(config)
+                            try_out(config)
                         run(config.start, report, stop, team)
                     _train(config, folder, report, stop, team)
                 except DivergedError as error:
@@ -747,6 +747,8 @@ def run_many(
     if not todo:
         return runs
     undone = {folder: c for folder, c in todo.items() if not Run(c, folder).is_done()}
+    for config in undone.values():
+        _check_options(config)  # before anything is trained
     starts = {folder: Run(c.start, folder_of(c.start)) for folder, c in undone.items() if c.start is not None}
     lost: list[Exception] = []
     if parents := {start.folder: start.config for start in starts.values() if not start.is_done()}:
@@ -768,7 +770,7 @@ def run_many(
         mininterval=5,
         bar_format=BAR,
     )
-    in_turn = workers() == 1 and not executor and not torch.cuda.is_available()  # no worker to wait for
+    in_turn = workers() == 1 and not executor  # no worker to wait for
     with bar:
         errors = _in_turn(order, test, bar) if in_turn else _side_by_side(order, rest, test, executor, bar)
         bar.update(bar.total - bar.n)

@@ -378,19 +378,14 @@ def _together(cells: list) -> list:
 
 
 def _tidy(nb):
-    """A copy without title and error cells."""
-    import copy
-
-    nb = copy.deepcopy(nb)
+    """The notebook without title and error cells."""
     nb.metadata.pop("widgets", None)
     nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
-    for cell in nb.cells:
-        if cell.cell_type == "markdown":
-            cell.source = folded(re.sub(r"(\d) %", "\\1\u00a0%", cell.source))
-    for cell in nb.cells:
-        if cell.cell_type == "markdown" and cell.source.lstrip().startswith("# "):
-            cell.source = cell.source.lstrip().partition("\n")[2]  # the page's header shows it
-            break
+    texts = [cell for cell in nb.cells if cell.cell_type == "markdown"]
+    for cell in texts:
+        cell.source = folded(re.sub(r"(\d) %", "\\1\u00a0%", cell.source))
+    if title := next((cell for cell in texts if cell.source.lstrip().startswith("# ")), None):
+        title.source = title.source.lstrip().partition("\n")[2]  # the page's header shows it
     nb.cells = _together(nb.cells)
     for output in (output for cell in nb.cells for output in cell.get("outputs", [])):
         if "text/html" in (data := output.get("data", {})):
@@ -457,8 +452,6 @@ FIGURES = {
     r"transfer\.support.*classes": "transfer_support_classes",
     r"scarce\..*glyphs": "transfer_scarce_glyphs",
     r"scarce\..*classes": "transfer_scarce_classes",
-    r"(transfer|scarce)\..*glyphs": "transfer_glyphs",
-    r"(transfer|scarce)\..*classes": "transfer_classes",
     r"direct\.(start|tuned)": "direct_training",
     r"direct\.cut_compute|cost\.(hypernetwork|one_width)": "compute_gaps",
     r"direct\.cut": "cut_gaps",
@@ -478,7 +471,6 @@ FIGURES = {
     r"multimodal\.caption": "captions",
     r"multimodal": "captions_loss",
     r"brings\.again": "brings_again",
-    r"longer\.(hypernetwork|specialists|source)": "longer",
     r"longer\.(universal|widens|gap)": "longer_gap",
     r"given\.compute": "given_compute",
     r"given\.(random|fades)": "given_source",

@@ -329,11 +329,9 @@ def image_grid(images, row_labels=None, captions=None) -> Figure:
     rows, columns, height, width = images.shape[:4]
     gap = max(1, height // 14)
     below = gap if captions is None else max(2, height // 4)  # between rows
-    sheet = np.ones((rows * (height + below) - gap, columns * (width + gap) - gap, *images.shape[4:]))
-    for row in range(rows):
-        for column in range(columns):
-            y, x = row * (height + below), column * (width + gap)
-            sheet[y : y + height, x : x + width] = images[row, column]
+    room = [(0, 0), (0, 0), (0, below), (0, gap)] + [(0, 0)] * (images.ndim - 4)
+    sheet = np.pad(images, room, constant_values=1).swapaxes(1, 2)  # (rows, height + below, columns, width + gap, …)
+    sheet = sheet.reshape(rows * (height + below), columns * (width + gap), *images.shape[4:])[:-gap, :-gap]
     wide = min(8.0, 1.0 + 1.2 * columns)  # inches: few images are not blown up
     fig, (ax,) = _panels(1, wide, max(1.2, (wide - 1.0) * sheet.shape[0] / sheet.shape[1]))
     ax.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")

@@ -111,6 +111,14 @@ def test_training_prints_the_folder_and_finds_it_again(other_runs, tmp_path):
     assert again.stdout == first.stdout and again.stderr == ""
 
 
+@pytest.mark.parametrize("option", [dict(famly="Linear"), dict(family="linear")])
+def test_what_is_wrong_is_said_before_anything_is_trained(other_runs, tmp_path, option):
+    path = written(tmp_path, asdict(tiny_projectable(steps=2, options=option)))
+    with pytest.raises(ValueError, match="unknown option 'famly'|unknown generator 'linear'"):
+        call("train", path)
+    assert not list(other_runs.glob("source-*"))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "history.json", "result.json"])
 def test_a_finished_run_that_is_broken_is_not_said_to_be_there(other_runs, tmp_path, name):
     path, folder = written(tmp_path, asdict(tiny(steps=2))), experiment.run(tiny(steps=2)).folder

@@ -775,6 +775,12 @@ def test_what_does_not_start_from_a_bad_run_is_trained_all_the_same(other_runs, 
     assert is_done(tiny(steps=2)) and not is_done(tiny_projectable(bad, steps=2))
 
 
+def test_a_misspelt_option_is_said_before_any_run_is_trained(other_runs):
+    with pytest.raises(ValueError, match="unknown option 'famly' of the model 'projectable'"):
+        run_many([tiny(steps=2), tiny_projectable(steps=2, options={"famly": "Linear"})])
+    assert not list(other_runs.glob("*/result.json"))
+
+
 def test_a_folder_that_jupyter_left_in_an_unfinished_run_does_not_stop_it(other_runs):
     (folder_of(tiny(steps=2)) / ".ipynb_checkpoints").mkdir(parents=True)
     assert run(tiny(steps=2)).is_done()
@@ -1036,6 +1042,14 @@ def test_a_single_worker_trains_here_and_says_how_far_it_is(other_runs, universa
     mine = Run(tiny(), folder_of(tiny()))
     assert mine.history == universal.history and (mine.folder / "test.json").exists()
     assert "two runs, 2 runs: 100%" in capsys.readouterr().err and experiment._progress is None
+
+
+def test_a_single_worker_is_this_process_beside_a_gpu_too(other_runs, monkeypatch):
+    monkeypatch.setenv("PROJECTABLE_WORKERS", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(experiment, "_in_turn", lambda order, *_: [ValueError(f"{len(order)} run here")])
+    with pytest.raises(ValueError, match="1 run here"):
+        run_many([tiny()])
 
 
 def test_a_number_of_workers_that_is_none(monkeypatch):

@@ -17,7 +17,7 @@ import projectable
 from projectable import OnnxError, experiment
 from projectable.config import DataConfig
 from projectable.experiment import data_for, run
-from projectable.export import KEYS, VERSION, ModelError, evaluate, export, load, write_grid
+from projectable.export import VERSION, ModelError, evaluate, export, load, write_grid
 from projectable.storage import load_tensors, save_tensors
 from projectable.transformer import forward
 
@@ -227,17 +227,12 @@ def test_a_missing_file_is_named(folder, name):
         load(folder)
 
 
-def rewritten(folder, tensors=lambda x: x, **changes):
-    """The folder with another description and tensors, its checksum right."""
-    found, config = load_tensors(folder / "model.safetensors")
-    config |= changes
-    config = {key: value for key, value in config.items() if value is not ...}
-    save_tensors(folder / "model.safetensors", tensors(found), config)
-    (folder / "config.json").write_text(json.dumps(config))
+def rewritten(folder, **changes):
+    """The folder with another description, its checksum right."""
+    tensors, config = load_tensors(folder / "model.safetensors")
+    save_tensors(folder / "model.safetensors", tensors, config | changes)
+    (folder / "config.json").write_text(json.dumps(config | changes))
     return folder
-
-
-SHAPE = dict(d_model=8, n_layers=1, d_head=8, mlp_ratio=4, vocab_size=32, length=16)
 
 
 @pytest.mark.parametrize(
@@ -245,48 +240,12 @@ SHAPE = dict(d_model=8, n_layers=1, d_head=8, mlp_ratio=4, vocab_size=32, length
     [
         (dict(format="GGUF"), "no description of a projectable model"),
         (dict(version=VERSION + 1), f"version={VERSION + 1}; allowed: {VERSION}"),
-        (dict(colour="red"), "unknown key 'colour'; allowed: format, version, task"),
-        (dict(licence=...), "'licence' is missing"),
-        (dict(shape=SHAPE | dict(depth=3)), "shape: unknown key 'depth'; allowed: d_model"),
-        (dict(shape=SHAPE | dict(d_head="8")), "d_head='8' is no int"),
-        (dict(shape=SHAPE | dict(d_head=0)), "d_head=0 is too small"),
-        (dict(shape=SHAPE | dict(n_layers=-1)), "n_layers=-1 is too small"),
-        (dict(shape=SHAPE | dict(d_model=12)), "d_model=12 is no multiple of d_head=8; allowed: 8, 16"),
-        (dict(shape=SHAPE | dict(d_model=16)), r"'embedding' is torch.float32 \(32, 8\); allowed: .* \(32, 16\)"),
-        (dict(shape=SHAPE | dict(n_layers=10**12)), "'qkv' is"),
-        (dict(shape=SHAPE | dict(vocab_size=31)), "'codes' is"),
-        (dict(codebook=dict(patch=4, height=8, width=8)), "'codes' is .*; allowed"),
-        (dict(codebook=dict(patch=2, height=8, width=10)), r"patches of 2 in 8×10 pixels; allowed: 16"),
-        (dict(codebook=dict(patch=2, height=8, width=9)), r"patches of 2 in 8×9 pixels; allowed: 16"),
-        (dict(transposed=["outer"]), "transposed names 'outer'; allowed: "),
-        (dict(transposed=["head_bias"]), "transposed names 'head_bias'; allowed: down, embedding, head, out"),
-        (dict(task_axis=[3]), r"task_axis=\[3\] is no list"),
-        (dict(losses=dict(test="low")), "losses=.* is no dict"),
-        (dict(n_parameters=True), "n_parameters=True is no int"),
     ],
 )
-def test_a_description_that_does_not_fit_is_named(folder, changes, words):
+def test_a_file_of_another_format_is_named(folder, changes, words):
     with pytest.raises(ModelError, match=words) as error:
         load(rewritten(folder, **changes))
     assert str(folder) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "words"),
-    [
-        (lambda x: x | {"extra": x["out"].clone()}, "'extra' is unknown"),
-        (lambda x: {k: w for k, w in x.items() if k != "down"}, "'down' is missing"),
-        (lambda x: {k: w for k, w in x.items() if k != "codes"}, "'codes' is missing"),
-        (lambda x: x | {"up": x["up"].mT}, r"'up' is .*; allowed: torch.float32 \(1, 8, 32\)"),
-        (lambda x: x | {"head": x["head"].half()}, "'head' is torch.float16"),
-        (lambda x: x | {"up_bias": x["up_bias"][:, 1:]}, "'up_bias' is"),
-        (lambda x: x | {"codes": x["codes"][0, 0]}, "'codes' is"),
-    ],
-)
-def test_weights_that_do_not_fit_are_named(folder, tensors, words):
-    with pytest.raises(ModelError, match=words) as error:
-        load(rewritten(folder, tensors))
-    assert "model.safetensors" in str(error.value)
 
 
 def test_files_of_two_models_do_not_mix(folder, trained, tmp_path):
@@ -333,10 +292,6 @@ def test_what_is_no_model_at_all(tmp_path, trained):
             load(path)
     with pytest.raises(ModelError, match="is a run, of many tasks; `projectable project"):
         load(trained.folder)
-
-
-def test_the_description_has_no_key_that_nothing_writes(exported):
-    assert json.loads((exported / "config.json").read_text()).keys() == KEYS.keys()
 
 
 def test_a_picture_of_images(tmp_path):
