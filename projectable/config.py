@@ -237,7 +237,7 @@ class RunConfig:
         for name in same:
             its, own = getattr(start, name), getattr(self, name)
             if its != own:
-                raise ValueError(f"start: {name}={its}; allowed: that of the run itself, {own}")
+                raise ValueError(f"start: {name}={its}, in the run itself {own}; allowed: the same in both")
 
     def shape(self, length: int, d_model: int | None = None) -> Shape:
         """The Transformer of that width (default: the source's) for sequences of `length` tokens."""

@@ -279,7 +279,9 @@ def _source(
     if start is not None:
         if start.conditioning != conditioning:
             its = start.conditioning
-            raise ValueError(f"start: conditioning={its!r}; allowed: that of the run itself, {conditioning!r}")
+            raise ValueError(
+                f"start: conditioning={its!r}, in the run itself {conditioning!r}; allowed: the same in both"
+            )
         source.load_state_dict(start.state_dict())
     return source
 
@@ -493,9 +495,16 @@ class Run:
         Raises DamagedFile where the weights are damaged or another run's.
         """
         tensors, about = self._whole(load_tensors, "model.safetensors")
-        model = _blank(self.config, data_for(self.config.data))
+        data = data_for(self.config.data)
+        model, codes = _blank(self.config, data), _codes(data)
         if about.get("config") != self.config.key() or model.state_dict().keys() != tensors.keys():
             raise DamagedFile(f"{self.folder} holds the weights of another run: delete that folder and run again")
+        if about.get("codes", codes) != codes:
+            raise DamagedFile(
+                f"{self.folder} was trained on other tokens than {data.name} has here, where its codebook was made "
+                "anew (on another machine?): bring along the data-… file that lay beside it, or delete the folder and "
+                "run again"
+            )
         model.load_state_dict(tensors)
         return model.eval()
 
@@ -528,6 +537,11 @@ class Run:
             losses = split_losses(_placed(self.model()), data_for(self.config.data), "test")
             write_json(path, {member: x.tolist() for member, x in losses.items()})
         return {member: torch.tensor(x, dtype=torch.float64) for member, x in read_json(path).items()}
+
+
+def _codes(data: TaskData) -> str:
+    """A fingerprint of the codes that tokens stand for."""
+    return hashlib.sha256(np.ascontiguousarray(data.codebook.codes).tobytes()).hexdigest()[:12]
 
 
 def _blank(config: RunConfig, data: TaskData) -> Model:
@@ -628,7 +642,8 @@ def _prepare(config: RunConfig, folder: Path) -> None:
 
 def _keep(config: RunConfig, folder: Path, model: Model, outcome: Outcome, processes: int) -> None:
     """Write what a training left; the result last."""
-    save_tensors(folder / "model.safetensors", model.state_dict(), {"config": config.key()})
+    about = {"config": config.key(), "codes": _codes(data_for(config.data))}
+    save_tensors(folder / "model.safetensors", model.state_dict(), about)
     write_json(folder / "history.json", {"rows": outcome.history})
     best = [row for row in outcome.history if row["split"] == "val" and row["step"] == outcome.best_step]
     result = {

@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from . import ONNX_EXTRA, ONNX_KEY, ONNX_SEAL, OnnxError, transformer
 from .config import DataConfig
 from .storage import DamagedFile, WriteError, current_commit, draft_of, load_tensors, save_tensors, write_atomically
-from .tasks import SPLITS, Codebook
-from .tasks.images import FOLDER
+from .tasks import MAKERS, SPLITS, Codebook, make_tasks
+from .tasks.images import FOLDER, content_key
 from .transformer import PLAIN_AXES, Shape, Weights, forward, sample
 
 if TYPE_CHECKING:
     from .experiment import Run
 
-FORMAT, VERSION = "projectable model", 1
+FORMAT, VERSION = "projectable model", 2
 FILES = {"model.safetensors", "config.json", "README.md", "model.onnx"}
 PICKLES = (".pth", ".pt", ".bin", ".pkl", ".pickle", ".ckpt")
 
@@ -201,6 +201,8 @@ def export(
         "task_axis": [k for k, w in weights.items() if w.dim() > PLAIN_AXES[k]],
         "data": asdict(run.config.data) | dict(dataset=_without_path(run.config.data.dataset)),
         "data_name": data.name,
+        "content": content_key(run.config.data.dataset),  # of images in a folder, wherever it lies
+        "n_images": {split: len(tokens[task_id]) for split, tokens in data.tokens.items()},  # of the task
         "licence": data.licence,
         "run": dict(name=run.folder.name, model=run.config.model, seed=run.config.seed, commit=run.result["commit"]),
         "n_parameters": sum(w.numel() for w in weights.values()),
@@ -372,14 +374,18 @@ def evaluate(
         name = Path(dataset.removeprefix(FOLDER)).name
         allowed = f"the path of the folder {name!r} (--images PATH)" if of_folder else f"none, for {dataset}"
         raise ValueError(f"{given} for a model of {config['data_name']}; allowed: {allowed}")
-    data = data_for(DataConfig(**config["data"] | dict(dataset=f"{FOLDER}{images}" if of_folder else dataset)))
-    task_id, codes = config["task_id"], data.codebook.codes
-    same = codes.shape == book.codes.shape and np.allclose(codes, book.codes, atol=1e-4)  # machines round differently
-    if not same or data.task_names[task_id : task_id + 1] != (model.task,):
+    about = DataConfig(**config["data"] | dict(dataset=f"{FOLDER}{images}" if of_folder else dataset))
+    task_id, same = config["task_id"], content_key(about.dataset) == config["content"]
+    if same:  # with the model's codebook: machines round differently, one that is fitted here may be another
+        data = data_for(about) if dataset in MAKERS else make_tasks(**asdict(about), codebook=book)
+        same = np.allclose(data.codebook.codes, book.codes, atol=1e-4)
+        same = same and data.task_names[task_id : task_id + 1] == (model.task,)
+        same = same and {s: len(tokens[task_id]) for s, tokens in data.tokens.items()} == config["n_images"]
+    if not same:
         where = images or config["data_name"]
         words = "images were added, removed or changed since" if of_folder else "the data are not the same here"
         raise ModelError(
-            f"{where} gives other codes or tasks than the model was made with: {words}, and test images might be "
+            f"{where} gives other images or tasks than the model was made with: {words}, and test images might be "
             "among those that it was trained on"
         )
     tokens = data.tokens[split][task_id]

@@ -707,7 +707,7 @@ def index_html(
         title="Projectable models",
         css=_css(),
         profile=profile,
-        setting=SETTINGS.get(profile, ""),
+        setting=SETTINGS.get(profile, "") if claims else "",  # not of one's own images
         legend=LEGEND,
         marks=VERDICTS,
         findings=findings,

@@ -361,7 +361,7 @@ def render(path: Path, status: Status, among: Sequence[str] = ()) -> None:
     """Write a notebook's page from its executed copy (without one, from its source), then its status.
 
     One HTML file that opens without a network. It leads to the pages before and after it, of those that are there or
-    that are to come (`among`).
+    that are to come (`among`); beside the reference run, to that run's where its own are neither.
     """
     executed, reports = executed_path(path, status.profile), reports_dir(status.profile)
     try:
@@ -383,6 +383,9 @@ def render(path: Path, status: Status, among: Sequence[str] = ()) -> None:
         next=(names[at + 1], titles[names[at + 1]]) if at + 1 < len(names) else None,
         made_by=current_commit(),
     )
+    if (usual := root() / "reports") != reports:  # of other profiles, or one's own: a page that is not here is there
+        for name in titles.keys() - here:
+            html = html.replace(f'href="{name}.html', f'href="{os.path.relpath(usual / name, reports)}.html')
     write_atomically(reports / f"{path.stem}.html", html)
     status.write()
 
@@ -395,6 +398,8 @@ def build_index(profile: str) -> None:
         budget = notebook_budget(path) if profile == "laptop" else None
         more = {"page": (reports / f"{path.stem}.html").exists(), "budget": budget}
         notebooks.append(dataclasses.asdict(read_status(path, profile)) | more)
+    if os.environ.get("PROJECTABLE_REPORTS"):  # others may lie elsewhere
+        notebooks = [status for status in notebooks if status["status"] != "not run yet"]
     claims = _read_json(reports / "claims.json", [])
     bench = reports / "results" / "bench.csv"  # of `make bench`
     speed = list(csv.DictReader(bench.read_text(encoding="utf-8").splitlines())) if bench.exists() else []
@@ -418,7 +423,7 @@ KEPT = ["id", "value", "ci_low", "ci_high", "seeds", "tasks", "verdict", "commit
 def keep(name: str, profile: str = "laptop") -> Path:
     """Keep this run's claims as results/claims_NAME_run.csv: the index and findings.md set later ones beside them.
 
-    Raises ReportError where there are no claims, for a name that is kept already or is none.
+    Raises ReportError where there are no claims or they are kept already, for a name that is taken or is none.
     """
     if not re.fullmatch(r"\w+", name):
         raise ReportError(f"{name!r} is no name of a run; allowed: letters, digits and _")
@@ -428,6 +433,10 @@ def keep(name: str, profile: str = "laptop") -> Path:
         raise ReportError(f"{path} is there already: another name, or delete it")
     if not claims:
         raise ReportError(f"{reports / 'claims.json'} holds no claims: nothing to keep")
+    for there in path.parent.glob("claims_*_run.csv"):
+        run = another_run(claims, there)
+        if run["both"] == len(claims) and not run["others"]:
+            raise ReportError(f"these claims are kept already, as {there.name}: run the notebooks first")
     from pandas import DataFrame
 
     write_atomically(path, DataFrame(claims)[KEPT].to_csv(index=False, float_format="%.6g"))
@@ -585,7 +594,8 @@ def reproduce(
     if is_reference(profile):
         write_claims()
     reports = reports_dir(profile)
-    for run in kept_runs(_read_json(reports / "claims.json", []), reports):
+    names = {path.stem for path in paths}
+    for run in kept_runs([c for c in _read_json(reports / "claims.json", []) if c["notebook"] in names], reports):
         same = run["both"] - len(run["changed"])
         print(
             f"beside {pages.kind(run['file'])}: {same} of {run['both']} verdicts the same, {run['opposite']} opposite"

@@ -286,8 +286,11 @@ GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
         (dict(seed=-1), "seed=-1; allowed: up to 9223372036854775807, not negative"),
         (dict(steps=10**12), "steps=1000000000000 × .*; allowed: up to 1000000000 images"),
         (dict(start=GOOD["start"] | dict(steps=0)), "start: steps=0; allowed: 1 or more"),
-        (dict(d_source=32), "start: d_source=16; allowed: that of the run itself, 32"),
-        (dict(data=GOOD["data"] | dict(dataset="fashion")), "start: data=.*digits.*; allowed: that of the run itself"),
+        (dict(d_source=32), "start: d_source=16, in the run itself 32; allowed: the same in both"),
+        (
+            dict(data=GOOD["data"] | dict(dataset="fashion")),
+            "start: data=.*digits.*, in the run itself .*fashion.*; allowed: the same in both",
+        ),
         (
             dict(start=GOOD["start"] | dict(model="universal", sizes=[8], lr=[0.01])),
             "start: model 'universal'; allowed for 'projectable': 'source'",

@@ -805,11 +805,20 @@ OURS = dict(model="projectable", start=tiny_source())
             dict(model="specialists", start=tiny(model="masked_universal")),
             "allowed for 'specialists': one that reads as it does",
         ),
-        (dict(model="specialists", start=tiny(), n_layers=2), "start: n_layers=1; allowed: that of the run itself, 2"),
+        (
+            dict(model="specialists", start=tiny(), n_layers=2),
+            "start: n_layers=1, in the run itself 2; allowed: the same in both",
+        ),
         (SOURCE | dict(start=tiny()), "start: model 'universal'; allowed for 'source': 'source'"),
         (SOURCE | dict(model="masked_source", start=tiny_source()), "allowed for 'masked_source': 'masked_source'"),
-        (SOURCE | dict(start=tiny_source(data=CLUSTERS)), "start: data=.*clusters4.*; allowed: that of the run itself"),
-        (SOURCE | dict(start=tiny_source(d_source=32)), "start: d_source=32; allowed: that of the run itself, 16"),
+        (
+            SOURCE | dict(start=tiny_source(data=CLUSTERS)),
+            "start: data=.*clusters4.*, in the run itself .*; allowed: the same in both",
+        ),
+        (
+            SOURCE | dict(start=tiny_source(d_source=32)),
+            "start: d_source=32, in the run itself 16; allowed: the same in both",
+        ),
         (SOURCE | dict(source_lr=0), "source_lr=0.0, with which the source learns nothing; allowed: more than 0"),
         (SOURCE | dict(model="masked_source", source_lr=0), "source_lr=0.0, .*; allowed: more than 0"),
         (OURS | dict(options={"source_mode": "tuned"}), "source_lr=0.0, .*; allowed: more than 0"),
@@ -909,7 +918,7 @@ def test_data_of_no_codes_or_pixels(name):
         (dict(model="specialists", options=(("share", 2),)), "unknown option 'share' .*'specialists'; allowed: none"),
         (
             SOURCE | dict(options={"conditioning": "film"}, start=tiny_source(steps=2)),
-            "start: conditioning='additive'; allowed: that of the run itself, 'film'",
+            "start: conditioning='additive', in the run itself 'film'; allowed: the same in both",
         ),
         (
             dict(model="specialists", start=tiny(data=CLUSTERS, steps=2)),

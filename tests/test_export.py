@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from projectable import OnnxError, experiment
 from projectable.config import DataConfig
 from projectable.experiment import data_for, run
 from projectable.export import VERSION, ModelError, evaluate, export, load, write_grid
-from projectable.storage import load_tensors, save_tensors
+from projectable.storage import DamagedFile, load_tensors, save_tensors
+from projectable.tasks import Codebook, make_tasks
 from projectable.transformer import forward
 
 CONFIGS = {
@@ -89,13 +91,33 @@ def test_its_losses_are_those_of_the_run(trained, exported):
     assert torch.allclose(model.losses(x), nll, atol=1e-6)
 
 
+def test_another_codebook_of_the_same_images_changes_no_loss_and_no_model_unseen(trained, exported, monkeypatch):
+    """As on a machine that rounds differently."""
+    fit = Codebook.fit.__func__
+
+    def elsewhere(cls, *about):
+        book = fit(cls, *about)
+        return replace(book, codes=book.codes[::-1].copy())
+
+    monkeypatch.setattr(Codebook, "fit", classmethod(elsewhere))
+    model = load(exported)
+    assert evaluate(model)[1] == pytest.approx(model.config["losses"]["test"])
+    monkeypatch.setattr(experiment, "data_for", lambda config: make_tasks(**asdict(config)))
+    with pytest.raises(
+        DamagedFile, match="trained on other tokens than digits/classes has here, where its codebook was"
+    ):
+        trained.model()
+
+
 def test_evaluation_refuses_other_data_and_splits(exported):
     model = load(exported)
     with pytest.raises(ValueError, match="unknown split 'all'; allowed: train, val, test"):
         evaluate(model, "all")
-    model.config["data"]["patch"], model.config["data"]["vocab_size"] = 4, 16
-    with pytest.raises(ModelError, match="other codes"):
-        evaluate(model)
+    for key, value in (("content", "f00"), ("n_images", dict(train=100, val=20, test=3)), ("task_id", 4)):
+        with pytest.raises(ModelError, match="digits/classes gives other images or tasks than the model was made with"):
+            other = load(exported)
+            other.config[key] = value
+            evaluate(other)
 
 
 def test_samples(exported):

@@ -423,7 +423,7 @@ def test_from_a_folder_in_colour_to_a_small_model_that_samples_in_colour(tmp_pat
     with pytest.raises(ValueError, match=r"no images for a model of pets.*the folder 'pets' \(--images PATH\)"):
         evaluate(model)
     with pytest.raises(
-        ModelError, match="others gives other codes or tasks than .*: images were added, removed or changed"
+        ModelError, match="others gives other images or tasks than .*: images were added, removed or changed"
     ):
         evaluate(model, images=write_images(tmp_path / "others", n=41, colour=True))
     n, nats, _ = evaluate(model, images=folder)

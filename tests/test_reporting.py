@@ -321,6 +321,7 @@ def test_a_run_that_is_kept_stands_beside_later_ones(project):
     for name, why in (
         ("mine", "is there already: another name, or delete it"),
         ("a b", "allowed: letters, digits and _"),
+        ("again", "these claims are kept already, as claims_mine_run.csv: run the notebooks first"),
     ):
         with pytest.raises(pages.ReportError, match=why):
             reporting.keep(name)
@@ -400,6 +401,19 @@ def test_the_index_finds_every_run_that_is_kept(project):
     html = (project / "reports/index.html").read_text()
     assert "Beside the comparison run: 1 of 1 verdicts are the same" in html
     assert "Beside a third run: 0 of 1 verdicts are the same" in html
+
+
+def test_only_what_was_run_is_set_beside_other_runs(project, monkeypatch, capsys):
+    claim = dict(id="c", claim="x", statistic="gap", value=0.1, ci_low=0.0, ci_high=0.2, seeds=3, notebook="01_b")
+    claim |= dict(tasks=10, profile="laptop", device="cpu", commit="new", verdict="inconclusive")
+    for name in ("00_a", "01_b"):
+        write_notebook(project, name)
+    reporting.write_results(project / "reports/results/claims/01_b.json", [claim])
+    table = pd.DataFrame([claim | dict(verdict="reproduced", commit="old")])
+    table.to_csv(project / "reports/results/claims_third_run.csv", index=False)
+    monkeypatch.setattr(reporting, "run_notebook", lambda path, *_: Status(path.stem, "A", "laptop", "ok", 1.0))
+    said = {only: (reporting.reproduce("laptop", [only]), capsys.readouterr().out)[1] for only in ("00", "01")}
+    assert "beside" not in said["00"] and "beside a third run: 0 of 1 verdicts the same, 0 opposite" in said["01"]
 
 
 def test_unknown_names_are_errors_that_list_the_allowed(project):
@@ -721,6 +735,21 @@ def test_pages_lead_only_to_pages(project):
     assert ">02 02_c’s title →</a>" in page.read_text() and "01_b" not in page.read_text()
     reporting.render(project / "notebooks/00_a.ipynb", status, ["00_a", "01_b"])
     assert '<a class="next" href="01_b.html">' in page.read_text()
+
+
+def test_pages_of_ones_own_lead_to_the_reference_where_they_are_alone(project, monkeypatch):
+    text = "# Mine\n\n[here](00_a.html), [there](01_b.html#x)"
+    for name in ("00_a", "01_b"):
+        write_notebook(project, name, text=text, parameters="profile = 'laptop'")
+    own = project / "build/laptop/own_report"
+    monkeypatch.setenv("PROJECTABLE_REPORTS", str(own))
+    reporting.render(project / "notebooks/00_a.ipynb", reporting.Status("00_a", "t", "laptop", "ok", 1.0))
+    reporting.build_index("laptop")
+    page, index = (own / "00_a.html").read_text(), (own / "index.html").read_text()
+    assert 'href="00_a.html"' in page and 'href="../../../reports/01_b.html#x"' in page
+    assert (
+        "00_a.html" in index and "01_b" not in index and "Fashion-MNIST" not in index and "make reproduce" not in index
+    )
 
 
 def test_the_time_left_follows_the_pace_of_what_ran_just_now():

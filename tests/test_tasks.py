@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
 from projectable import storage, tasks
 from projectable.config import get_profile
@@ -37,7 +38,7 @@ def test_patches_and_back(channels):
 
 
 def test_a_patch_that_does_not_fit():
-    with pytest.raises(ValueError, match="patch=3 does not divide images of 8×8 pixels"):
+    with pytest.raises(ValueError, match="patch=3 does not divide images of 8×8 pixels; allowed: 1, 2, 4, 8$"):
         make_tasks("digits", patch=3)
 
 
@@ -86,6 +87,16 @@ def held_back():
         "", "", digits.label_names, (numbers, digits.train[1]), (digits.test[0][:, :1, :1], digits.test[1])
     )
     return np.rint(split_images(numbered, 20)["val"][0].flatten() * n).astype(int)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_threads_change_no_code(size):
+    """Else a model would not fit the images it was made of where a script has more cores than a notebook."""
+    found = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            found.append(Codebook.fit(load_digits().train[0], 2, size).codes)
+    assert np.array_equal(*found)
 
 
 @pytest.mark.parametrize("definition", ["classes", "clusters4"])

@@ -12,6 +12,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from .images import SEED, Images, load_images
@@ -31,7 +32,8 @@ def to_patches(images: np.ndarray, patch: int) -> np.ndarray:
     """
     n, height, width, channels = images.shape
     if height % patch or width % patch:
-        raise ValueError(f"patch={patch} does not divide images of {height}×{width} pixels")
+        allowed = ", ".join(str(p) for p in range(1, height + 1) if height % p == width % p == 0)
+        raise ValueError(f"patch={patch} does not divide images of {height}×{width} pixels; allowed: {allowed}")
     rows, cols = height // patch, width // patch
     x = images.reshape(n, rows, patch, cols, patch, channels).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(n, rows * cols, patch * patch * channels)
@@ -67,7 +69,8 @@ class Codebook:
             patches = patches[rng.choice(len(patches), max_patches, replace=False)]
         if len(patches) < size:
             raise ValueError(f"a codebook of {size} codes needs as many patches; these images have {len(patches)}")
-        fit = KMeans(size, n_init=1, max_iter=20, random_state=SEED).fit(patches)
+        with threadpool_limits(1):  # more threads round otherwise, and other codes come out
+            fit = KMeans(size, n_init=1, max_iter=20, random_state=SEED).fit(patches)
         codes = np.clip(fit.cluster_centers_, 0, 1).astype(np.float32)
         return cls(codes[np.argsort(codes.mean(1), kind="stable")], patch, images.shape[1], images.shape[2])
 
@@ -202,9 +205,10 @@ def cluster_labels(splits: dict[str, tuple[np.ndarray, np.ndarray]], n_clusters:
         raise ValueError(
             f"clusters{n_clusters} of {len(some)} training images; allowed: clusters1 to clusters{len(some)}"
         )
-    pca = PCA(min(32, *some.shape), random_state=SEED).fit(some)
-    kmeans = KMeans(n_clusters, n_init=1, max_iter=50, random_state=SEED).fit(pca.transform(some))
-    return {name: kmeans.predict(pca.transform(x)).astype(np.int64) for name, x in flat.items()}
+    with threadpool_limits(1):  # as `Codebook.fit`
+        pca = PCA(min(32, *some.shape), random_state=SEED).fit(some)
+        kmeans = KMeans(n_clusters, n_init=1, max_iter=50, random_state=SEED).fit(pca.transform(some))
+        return {name: kmeans.predict(pca.transform(x)).astype(np.int64) for name, x in flat.items()}
 
 
 def few(data: TaskData, n: int, seed: int = 0) -> TaskData:
@@ -225,7 +229,12 @@ def few(data: TaskData, n: int, seed: int = 0) -> TaskData:
 
 
 def make_tasks(
-    dataset: str, tasks: str = "classes", vocab_size: int = 256, patch: int = 4, val_per_class: int = 600
+    dataset: str,
+    tasks: str = "classes",
+    vocab_size: int = 256,
+    patch: int = 4,
+    val_per_class: int = 600,
+    codebook: Codebook | None = None,
 ) -> TaskData:
     """Tasks of an image set: `classes`, or `clustersK` (e.g. clusters64). The codebook sees training images only.
 
@@ -233,7 +242,8 @@ def make_tasks(
     modules), `captioned_fashion` and `captioned_digits` a caption before every image (`text.caption`);
     `featured_fashion` and `featured_digits` have clusters of what a frozen encoder sees in images, not of pixels.
     `unseen3` are the classes in `HELD_OUT_CLASSES`, `seen7` the others, which alone the codebook sees. Any
-    tasks with `-fewN` or `-fewN-sS` behind them: N images of each, drawn with seed S (see `few`).
+    tasks with `-fewN` or `-fewN-sS` behind them: N images of each, drawn with seed S (see `few`). `codebook`, of images
+    of a set without tasks of its own, is taken in place of one that is fitted.
 
     Raises ValueError naming the allowed values; DataError where images are missing or too few.
     """
@@ -241,7 +251,7 @@ def make_tasks(
         if value < least:
             raise ValueError(f"{name}={value}; allowed: {least} or more")
     if scarce := re.fullmatch(FEW, tasks):
-        whole = make_tasks(dataset, scarce[1], vocab_size, patch, val_per_class)
+        whole = make_tasks(dataset, scarce[1], vocab_size, patch, val_per_class, codebook)
         return few(whole, int(scarce[2]), int(scarce[3] or 0))
     if dataset in MAKERS:
         return MAKERS[dataset](tasks, vocab_size, patch, val_per_class)
@@ -252,7 +262,7 @@ def make_tasks(
     x, y = splits["train"]
     if one_side:
         x = x[~np.isin(y, held_out)]
-    codebook = Codebook.fit(x[:10_000], patch, vocab_size)
+    codebook = codebook or Codebook.fit(x[:10_000], patch, vocab_size)
     if tasks == "classes" or one_side:
         labels, names = {name: y for name, (_, y) in splits.items()}, images.label_names
     elif tasks.startswith("clusters") and tasks[8:].isdigit():
