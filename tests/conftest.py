@@ -17,6 +17,7 @@ from projectable.config import DataConfig, RunConfig
 from projectable.tasks import images, make_tasks
 from projectable.transformer import Shape
 
+sys.modules.setdefault("rfc3987_syntax", None)  # of jsonschema: a grammar of IRIs that takes a second to import
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup: what tests start would not hear Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -84,7 +85,7 @@ def pytest_configure(config):
 
 def pytest_collection_finish(session):
     needed = any("reports" in getattr(item, "fixturenames", ()) for item in session.items)
-    if needed and not hasattr(session.config, "workerinput"):
+    if needed and not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
         session.config.toy_notebooks.start()
 
 
@@ -104,6 +105,11 @@ def other_runs(tmp_path, monkeypatch):
     """Another, empty folder for runs: what was trained before has to be trained again."""
     monkeypatch.setenv("PROJECTABLE_RUNS", str(tmp_path / "runs"))
     return tmp_path / "runs"
+
+
+def keep_data(data: DataConfig = DIGITS) -> None:
+    """Write them to the present folder of runs: a process that makes them anew imports scikit-learn, for a second."""
+    experiment._data_for.__wrapped__(data, experiment._data_code(data))
 
 
 def tiny(**changes) -> RunConfig:

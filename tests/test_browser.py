@@ -28,10 +28,9 @@ SEEN = """() => {
 }"""
 
 
-def look(browser, path: Path, screen: str) -> dict:
-    """Open a page, unfold it, and assert what holds for every page; returns what was seen, folded."""
-    width = WIDTHS[screen]
-    context = browser.new_context(viewport={"width": width, "height": 800}, is_mobile=screen == "phone")
+def look(browser, path: Path) -> dict:
+    """Open a page on a phone, unfold it, and assert what holds for every page; then as wide as a desktop."""
+    context = browser.new_context(viewport={"width": WIDTHS["phone"], "height": 800}, is_mobile=True)
     page, said, asked = context.new_page(), [], []
     page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -45,27 +44,28 @@ def look(browser, path: Path, screen: str) -> dict:
         page.evaluate("document.querySelectorAll('details:not([open]) > summary').forEach(summary => summary.click())")
         unfolded = page.evaluate(SEEN)
         links = page.evaluate("[...document.links].map(link => link.getAttribute('href'))")
+        page.set_viewport_size({"width": WIDTHS["desktop"], "height": 800})
+        wide = page.evaluate(SEEN)
     finally:
         context.close()
     assert said == []
     assert [url[:200] for url in asked if not url.startswith("data:")] == [path.as_uri()]
     assert seen["broken"] == [] and seen["undrawn"] == [] and seen["fractions"] == 0
     assert (unfolded["folded"], unfolded["empty"]) == (0, 0), "code stays folded"
-    assert max(seen["width"], unfolded["width"]) <= width, "the page scrolls sideways"
+    assert max(seen["width"], unfolded["width"]) <= WIDTHS["phone"], "the page scrolls sideways"
+    assert wide["width"] <= WIDTHS["desktop"] and wide["undrawn"] == [] and wide["fractions"] == 0, "on a desktop"
     for link in links:
         assert link.startswith(("https://", "#")) or (path.parent / link.partition("#")[0]).exists(), link
     return seen
 
 
-@pytest.mark.parametrize("screen", WIDTHS)
 @pytest.mark.parametrize("name", [path.name for path in sorted(REPORTS.glob("*.html"))])
-def test_the_reference_reports(browser, name, screen):
-    seen = look(browser, REPORTS / name, screen)
+def test_the_reference_reports(browser, name):
+    seen = look(browser, REPORTS / name)
     assert seen["folded"] > 0 or name in ("index.html", "findings.html")
 
 
-@pytest.mark.parametrize("screen", WIDTHS)
-def test_a_page_with_all_that_is_too_wide(browser, screen, tmp_path, monkeypatch):
+def test_a_page_with_all_that_is_too_wide(browser, tmp_path, monkeypatch):
     """Long words, formulas, tables, lines of code and errors: each scrolls or breaks by itself."""
     monkeypatch.setenv("PROJECTABLE_ROOT", str(tmp_path))
     word, name = "unbreakable" * 12, "00_wide"
@@ -91,7 +91,7 @@ def test_a_page_with_all_that_is_too_wide(browser, screen, tmp_path, monkeypatch
     Report(name, "laptop").claim("c", word, statistic=f"{word}, nats per token", **found)
     assert reporting.report("laptop") == 1
     for page in (f"{name}.html", "index.html"):
-        look(browser, tmp_path / "reports" / page, screen)
+        look(browser, tmp_path / "reports" / page)
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_what_is_wrong_with_a_page_is_seen(browser, body, tmp_path):
         f"<!doctype html><title>bad</title><meta name=viewport content='width=device-width'><h1>a</h1>{body}"
     )
     with pytest.raises(AssertionError):
-        look(browser, page, "phone")
+        look(browser, page)

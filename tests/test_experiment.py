@@ -1,17 +1,14 @@
 """Runs are trained once, by whoever comes first; their folders follow what decides their numbers; many side by side."""
 
 import importlib
-import json
 import linecache
 import math
-import os
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial, wraps
 from multiprocessing import Pipe, get_context
 from pathlib import Path
@@ -21,7 +18,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, tiny, tiny_projectable, tiny_source
+from conftest import DIGITS, keep_data, tiny, tiny_projectable, tiny_source
 
 from projectable import arms, experiment, generators, storage, transformer
 from projectable.__main__ import facts
@@ -78,10 +75,9 @@ def test_what_a_run_starts_from_is_trained_first(other_runs):
     assert len(list(other_runs.glob("*/result.json"))) == 2
 
 
-@pytest.mark.parametrize("mode", ["trained", "frozen", "random_frozen"])
-def test_a_finished_model_is_loaded_without_what_it_started_from(source, other_runs, mode, monkeypatch):
+def test_a_finished_model_is_loaded_without_what_it_started_from(source, other_runs, monkeypatch):
     configs = [
-        tiny_projectable(options={"source_mode": mode}, steps=2),
+        *(tiny_projectable(options={"source_mode": mode}, steps=2) for mode in ("trained", "frozen", "random_frozen")),
         tiny(model="distilled", start=tiny_source(), options=(("conditioning", "film"), ("share", 0.3)), steps=2),
         tiny(model="distilled_specialists", start=tiny_source(), options=(("share", 0.3),), steps=2),
         tiny(model="specialists", start=tiny(steps=2), steps=2),
@@ -252,8 +248,6 @@ def test_keys_stay_while_runs_train_and_after(monkeypatch, before):
     [
         ("self.left * gate", "self.left * (2 * gate)", LOW_RANK),
         ("torch.addmm(self.base", "torch.addmm(2 * self.base", PROJECTED),  # for their gains, too
-        ("class Kronecker(Generator):", "class Kronecker(Generator):\n    other = 1", set()),
-        ("def load_folder(", "def load_folder(a, ", set()),
         ("def make_glyphs(", "def make_glyphs(a, ", {"glyphs"}),
         ("self.base = nn.Parameter(base.clone", "self.base = nn.Parameter(2 * base.clone", PROJECTED),
         ("torch.randn(n_tasks, z_dim)", "torch.zeros(n_tasks, z_dim)", PROJECTED),
@@ -268,17 +262,11 @@ def test_keys_stay_while_runs_train_and_after(monkeypatch, before):
         ("return rates | {", "return {} | rates | {", RUNS),
         ("np.arange(len(x)) % 5 == 4", "np.arange(len(x)) % 5 == 3", RUNS | {"data"}),  # digits only
         ("found = hashlib.sha256(content)", "found = hashlib.sha512(content)", {"fashion"}),
-        ("def save_tensors(", "def store(", set()),  # files carry numbers, they do not make them
     ],
 )
 def test_a_run_follows_the_code_that_it_uses_and_no_other(before, edit, old, new, changed):
     after = edit(old, new)
     assert {name for name in before if before[name] != after[name]} == changed
-
-
-def test_a_new_family_changes_no_key(before, edit):
-    new = "@family\nclass Fresh(Generator):\n    pass\n\n\n@family\nclass Slice(Generator)"
-    assert edit("@family\nclass Slice(Generator)", new) == before
 
 
 CELL = """
@@ -502,15 +490,20 @@ def test_letters_follow_what_draws_them(monkeypatch, dataset, counts):
     experiment._drawn_by.cache_clear()
 
 
-def test_words_about_the_code_do_not_count(before, edit):
-    for changes in (
+def test_words_about_the_code_and_code_of_others_do_not_count(before, edit):
+    new = "@family\nclass Fresh(Generator):\n    pass\n\n\n@family\nclass Slice(Generator)"
+    changes = [
         ('"""P₀ + Σ_k z_k B_k: the simplest', '"""The simplest'),
         ("  # the loss itself stays in float32", ""),
         ("def schedule(step: int, steps: int, warmup: int) -> float:", "def schedule(step, steps, warmup):"),
         ("z_dim: int, rank: int = 4", "z_dim: int, rank: int | None = 4"),
         ("z @ self.gate).view", "z@self.gate).view"),
-    ):
-        assert edit(*changes) == before, changes
+        ("class Kronecker(Generator):", "class Kronecker(Generator):\n    other = 1"),
+        ("def load_folder(", "def load_folder(a, "),
+        ("def save_tensors(", "def store("),  # files carry numbers, they do not make them
+        ("@family\nclass Slice(Generator)", new),
+    ]
+    assert edit(*(word for change in changes for word in change)) == before
 
 
 def test_operations_by_hand(source):
@@ -592,25 +585,36 @@ def test_two_processes_that_want_the_same_run_train_it_once(universal, other_run
 
 
 GOOD = {"universal": tiny(), "projectable": tiny_projectable(), "specialists": tiny(model="specialists", lr=(3e-3,))}
+OWN = tiny_projectable(steps=2, options={"family": "Imported"})
 BAD = tiny(options=(("conditioning", "telepathy"),))
 
 
 @pytest.fixture(scope="module")
 def side_by_side(tmp_path_factory):
-    """Three good runs, one of which needs a start, and a bad one among them, on two workers; and the error."""
-    patch = pytest.MonkeyPatch()
+    """Four good runs, two of which need a start, and a bad one among them, on two workers; and the error.
+
+    One is of a family of a module that is imported, by a notebook, say, which workers cannot read themselves.
+    """
+    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("modules")
+    family = "@family\nclass Imported(Linear):\n    pass\n"
+    (folder / "imported.py").write_text(f"from projectable.generators import Linear, family\n\n\n{family}")
+    patch.syspath_prepend(folder)
+    importlib.import_module("imported")
     patch.setenv("PROJECTABLE_RUNS", str(tmp_path_factory.mktemp("many")))
     patch.setenv("PYTHONPATH", str(root()))
     patch.setattr(experiment, "workers", lambda: 2)
+    keep_data()
     experiment._pool.cache_clear()  # workers that another test may have started write elsewhere
     error = None
     try:
-        run_many([GOOD["universal"], BAD, GOOD["projectable"], GOOD["specialists"]], test=True)
+        run_many([GOOD["universal"], BAD, GOOD["projectable"], GOOD["specialists"], OWN], test=True)
     except ValueError as raised:
         error = raised
-    experiment._pool(experiment.runs_dir(), "", "", ())[0].shutdown()
+    experiment._pool(experiment.runs_dir(), "", "", ("imported",))[0].shutdown()
     experiment._pool.cache_clear()
+    assert is_done(OWN), error
     yield {name: Run(config, folder_of(config)) for name, config in GOOD.items()}, error
+    del generators.FAMILIES["Imported"]
     patch.undo()
 
 
@@ -1075,23 +1079,3 @@ def test_as_many_workers_as_the_memory_of_a_gpu_holds(monkeypatch):
     for free, found in ((1, 1), (7, 3), (80, 16)):  # GiB
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * 2**30, 80 * 2**30))
         assert experiment.workers() == found
-
-
-@pytest.mark.slow
-def test_workers_know_families_of_modules_that_are_imported(tmp_path):
-    """By a notebook, say, which they cannot read themselves."""
-    family = "class Fresh(Linear):\n    pass\n"
-    (tmp_path / "fams.py").write_text(f"from projectable.generators import Linear, family\n\n\n@family\n{family}")
-    config = tiny_projectable(tiny_source(steps=2), steps=2, options={"family": "Fresh"})
-    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
-    code = """
-import fams
-from projectable import config, experiment
-for run in experiment.run_many([config.read_config("config.json", experiment.MODELS)]):
-    print(run.is_done())
-"""
-    ours = dict(PROJECTABLE_WORKERS="2", PROJECTABLE_RUNS=str(tmp_path / "runs"), PYTHONPATH=str(root()))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | ours, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import tiny_projectable
 from sklearn.datasets import load_sample_image
-from torchvision.models import resnet18
 
 from projectable import experiment, tasks
 from projectable.tasks.images import FeaturesError, image_features, networks, read_weights
@@ -17,6 +16,8 @@ from projectable.tasks.images import FeaturesError, image_features, networks, re
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory):
     """A random ResNet-18 of 5 classes, and its file with the checksum in its name, as torchvision names them."""
+    from torchvision.models import resnet18  # imports torch's compiler: where it is needed
+
     torch.manual_seed(0)
     net = resnet18(num_classes=5).eval()
     path = tmp_path_factory.mktemp("weights") / "resnet18.pth"

@@ -60,7 +60,7 @@ def test_pages_need_nothing_from_outside(reports):
 
 @pytest.mark.parametrize("name", [*(path.stem for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))), "index"])
 def test_pages_are_seen_on_a_phone(reports, browser, name):
-    look(browser, reports / f"{name}.html", "phone")
+    look(browser, reports / f"{name}.html")
 
 
 def test_quickstart_makes_a_model_smaller_than_its_source(reports):

@@ -11,7 +11,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import DIGITS, tiny, tiny_projectable, tiny_source
+from conftest import DIGITS, keep_data, tiny, tiny_projectable, tiny_source
+from test_kernels import there, within
 from torch import distributed
 
 from projectable import experiment, training
@@ -35,6 +36,7 @@ def test_two_processes_under_torchrun_train_what_one_does(other_runs, tmp_path, 
     monkeypatch.setenv("PROJECTABLE_RUNS", str(tmp_path / "one"))
     one = [run(source), run(config)]
     monkeypatch.setenv("PROJECTABLE_RUNS", str(other_runs))
+    keep_data()
     data, folder = data_for(DIGITS), folder_of(config)
     begun = experiment.untrained(config, data, one[0].model())
     train(begun, data, config, folder / "checkpoint.safetensors", stop_after=8)
@@ -116,6 +118,7 @@ def test_jobs_give_the_runs_that_this_process_gives(other_runs, universal, monke
     monkeypatch.setenv("PROJECTABLE_EXECUTOR", "local")
     monkeypatch.setattr(experiment, "workers", lambda: 2)
     bad = tiny(options=(("conditioning", "telepathy"),))
+    keep_data()
     try:
         with pytest.raises(RuntimeError, match=r"^job \d+: ValueError: unknown conditioning 'telepathy'"):
             run_many([tiny(), bad], test=True)
@@ -133,6 +136,7 @@ def test_ctrl_c_ends_jobs(other_runs, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
     command = [sys.executable, "-m", "projectable", "train", str(tmp_path / "config.json"), "--executor", "local"]
     checkpoint = folder_of(config) / "checkpoint.safetensors"
+    keep_data()
     with subprocess.Popen(command, env=os.environ | ENV, stderr=subprocess.PIPE, text=True) as child:
         while not checkpoint.exists() and child.poll() is None:
             time.sleep(0.1)
@@ -140,13 +144,9 @@ def test_ctrl_c_ends_jobs(other_runs, tmp_path):
         said = child.communicate()[1]
     assert child.returncode == 130, said
     assert said.splitlines()[-1] == "stopped: the same command goes on from the last checkpoint"
-    for _ in range(10):  # the job is told to end, and may take a moment
-        step = load_tensors(checkpoint)[1]["step"]
-        time.sleep(1.5)  # twenty steps take less
-        if load_tensors(checkpoint)[1]["step"] == step:
-            break
-    else:
-        pytest.fail("the job still trains")
+    (pid,) = {int(path.name.partition("_")[0]) for path in (other_runs / "jobs").iterdir()}  # by which jobs are named
+    assert within(15, lambda: not there(pid)), "the job still trains"
+    step = load_tensors(checkpoint)[1]["step"]
     assert step >= 20 and not is_done(config)
 
 
@@ -193,7 +193,7 @@ class Job:
         return self
 
     def done(self):
-        return self.error is not None
+        return self.cancelled or self.error is not None
 
     def result(self):
         raise self.error
