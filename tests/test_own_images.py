@@ -516,6 +516,7 @@ def test_the_notebook_takes_a_folder(tmp_path, monkeypatch):
     nbformat.write(nb, notebook := tmp_path / "notebooks" / NOTEBOOK.name)
     monkeypatch.setenv("PROJECTABLE_ROOT", str(tmp_path))
     monkeypatch.setenv("PROJECTABLE_WORKERS", "1")  # starting others takes longer than these runs
+    monkeypatch.setenv("PYTHONPATH", str(Path(reporting.__file__).parents[1]))
     own = tmp_path / "build" / "smoke" / "own_report"
     monkeypatch.setenv("PROJECTABLE_REPORTS", str(own))  # as `reproduce -p` does
     status = reporting.run_notebook(Path(notebook), "smoke", {"folder": str(folder), "d_s": 8})
