@@ -109,11 +109,6 @@ def check(notebooks: tuple[Path, ...]) -> None:
 # --------------------------------------------------------------------------------------------- runs and models
 
 
-def chain(config: RunConfig) -> list[RunConfig]:
-    """A config and what it starts from, the first to be trained first."""
-    return [*(chain(config.start) if config.start else []), config]
-
-
 def find_run(name: str | Path) -> Run:
     """The finished run of that folder, or of that name in runs/. Raises ConfigError saying why there is none."""
     from projectable.config import ConfigError, read_config
@@ -232,7 +227,7 @@ def train(config: str, executor: str | None) -> None:
             done = team.first(partial(experiment.is_done, wanted))
             if wanted.start is not None and not done:
                 team.first(partial(experiment.try_out, wanted))
-            for part in [] if done else chain(wanted):
+            for part in [] if done else experiment.chain(wanted):
                 if team.first(partial(experiment.is_done, part)):
                     continue
                 words = " ".join([part.model, *(f"d{size}" for size in part.sizes)])

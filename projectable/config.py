@@ -140,7 +140,7 @@ class DataConfig:
     tasks: str = "classes"  # classes, clustersK, … (see there)
     vocab_size: int = 128  # codes of the codebook
     patch: int = 4  # pixels
-    val_per_class: int = 600  # images held back for every choice
+    val_per_class: int = 600  # images held back for every choice; of letters and text the others grow with it
 
     def __post_init__(self) -> None:
         _typed(self)

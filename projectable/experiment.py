@@ -101,7 +101,7 @@ def _words_of(config: RunConfig) -> tuple[str, ...]:
 _versions = cache(text.versions)  # 10 ms; they do not change meanwhile
 
 
-def _content(config: DataConfig) -> str:
+def content_of(config: DataConfig) -> str:
     """What data depend on that may change beside their config: texts and fonts of packages, images in a folder, what
     a maker of one's own gives."""
     if (maker := tasks.MAKERS.get(config.dataset)) is not tasks.OURS.get(config.dataset):
@@ -119,13 +119,13 @@ def _drawn_by() -> str:
 
 def _data_code(config: DataConfig) -> str:
     """A hash of what makes these data beside their config: the code, and their content."""
-    return _content(config) + fingerprint([make_tasks], _strings(asdict(config)))
+    return content_of(config) + fingerprint([make_tasks], _strings(asdict(config)))
 
 
 def _run_code(config: RunConfig) -> str:
     """A hash of what decides the numbers of a run beside its config: data, model, training, and those of its start."""
     decide = [untrained, train, RunConfig.shape, RunConfig.rates, make_tasks]
-    code = _content(config.data)
+    code = content_of(config.data)
     code += fingerprint(decide, _words_of(config), dict(config.options))
     return code + _run_code(config.start) if config.start is not None else code
 
@@ -220,9 +220,11 @@ def _parameters(thing: Callable, given: int) -> list[inspect.Parameter]:
 
 
 def _of_family(options: dict, which: str, default: str) -> list[inspect.Parameter]:
-    """What the family that options name takes, and the one inside it; anything where there is none of that name."""
-    if (name := options.get(which, default)) not in FAMILIES:
+    """What the family that options name takes, and the one inside it. Raises ValueError for an unknown one."""
+    if not isinstance(name := options.get(which, default), str):
         return [inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)]
+    if name not in FAMILIES:
+        raise ValueError(f"unknown generator {name!r}; allowed: {', '.join(FAMILIES)}")
     takes = _parameters(FAMILIES[name], 2)
     inner = next((p.default for p in takes if p.name == "inner"), None) if which == "family" else None
     return takes[:-1] + _of_family(options, "inner", inner) if inner else takes
@@ -563,6 +565,11 @@ def try_out(config: RunConfig) -> None:
         _made(config, data_for(config.data), _blank(start, data_for(start.data)))
 
 
+def chain(config: RunConfig) -> list[RunConfig]:
+    """A config and what it starts from, the first to be trained first."""
+    return [*(chain(config.start) if config.start else []), config]
+
+
 def folder_of(config: RunConfig) -> Path:
     """The run's folder."""
     key = hashlib.sha256((config.key() + _run_code(config)).encode()).hexdigest()[:12]
@@ -623,7 +630,7 @@ def _train(config: RunConfig, folder: Path, report: Report | None, stop: Callabl
     team.first(lambda: _prepare(config, folder))
     checkpoint = folder / "checkpoint.safetensors"
     outcome = train(model, data, config, checkpoint, report, stop=stop, team=team)
-    team.first(lambda: _keep(config, folder, model, outcome, team.size))
+    team.first(lambda: _keep(config, folder, model, data, outcome, team.size))
     checkpoint.unlink(missing_ok=True)
 
 
@@ -640,9 +647,9 @@ def _prepare(config: RunConfig, folder: Path) -> None:
             draft.unlink()
 
 
-def _keep(config: RunConfig, folder: Path, model: Model, outcome: Outcome, processes: int) -> None:
+def _keep(config: RunConfig, folder: Path, model: Model, data: TaskData, outcome: Outcome, processes: int) -> None:
     """Write what a training left; the result last."""
-    about = {"config": config.key(), "codes": _codes(data_for(config.data))}
+    about = {"config": config.key(), "codes": _codes(data)}
     save_tensors(folder / "model.safetensors", model.state_dict(), about)
     write_json(folder / "history.json", {"rows": outcome.history})
     best = [row for row in outcome.history if row["split"] == "val" and row["step"] == outcome.best_step]
@@ -752,7 +759,7 @@ def run_many(
     `test=True` also evaluates them on test images. `executor` says where: by workers of this process (""), or as jobs
     of submitit, `local` or `slurm`; by default as PROJECTABLE_EXECUTOR says. With `diverging`, runs that diverge
     are among the finished ones. Raises the first error, after the others have been saved; ValueError for an unknown
-    executor.
+    executor and, before anything is trained, for options that a model or a family does not take.
     """
     from tqdm import tqdm
 
@@ -762,8 +769,8 @@ def run_many(
     if not todo:
         return runs
     undone = {folder: c for folder, c in todo.items() if not Run(c, folder).is_done()}
-    for config in undone.values():
-        _check_options(config)  # before anything is trained
+    for part in {part for config in undone.values() for part in chain(config)}:
+        _check_options(part)
     starts = {folder: Run(c.start, folder_of(c.start)) for folder, c in undone.items() if c.start is not None}
     lost: list[Exception] = []
     if parents := {start.folder: start.config for start in starts.values() if not start.is_done()}:

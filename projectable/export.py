@@ -34,13 +34,13 @@ from . import ONNX_EXTRA, ONNX_KEY, ONNX_SEAL, OnnxError, transformer
 from .config import DataConfig
 from .storage import DamagedFile, WriteError, current_commit, draft_of, load_tensors, save_tensors, write_atomically
 from .tasks import MAKERS, SPLITS, Codebook, make_tasks
-from .tasks.images import FOLDER, content_key
+from .tasks.images import FOLDER
 from .transformer import PLAIN_AXES, Shape, Weights, forward, sample
 
 if TYPE_CHECKING:
     from .experiment import Run
 
-FORMAT, VERSION = "projectable model", 2
+FORMAT, VERSION = "projectable model", 1
 FILES = {"model.safetensors", "config.json", "README.md", "model.onnx"}
 PICKLES = (".pth", ".pt", ".bin", ".pkl", ".pickle", ".ckpt")
 
@@ -169,7 +169,7 @@ def export(
     `width` is a number (16) or a member's name ("d16", "source"), `task` a name or number. Raises ValueError naming the
     allowed ones; ModelError where the folder exists (with `overwrite`: where it holds anything but such a model).
     """
-    from .experiment import data_for
+    from .experiment import content_of, data_for
 
     folder = Path(folder).resolve()
     if folder.exists():
@@ -201,7 +201,7 @@ def export(
         "task_axis": [k for k, w in weights.items() if w.dim() > PLAIN_AXES[k]],
         "data": asdict(run.config.data) | dict(dataset=_without_path(run.config.data.dataset)),
         "data_name": data.name,
-        "content": content_key(run.config.data.dataset),  # of images in a folder, wherever it lies
+        "content": content_of(run.config.data),  # of images in a folder, wherever it lies
         "n_images": {split: len(tokens[task_id]) for split, tokens in data.tokens.items()},  # of the task
         "licence": data.licence,
         "run": dict(name=run.folder.name, model=run.config.model, seed=run.config.seed, commit=run.result["commit"]),
@@ -363,7 +363,7 @@ def evaluate(
     was made for.
     """
     from .evaluation import bits_per_pixel
-    from .experiment import data_for
+    from .experiment import content_of, data_for
 
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
@@ -375,12 +375,15 @@ def evaluate(
         allowed = f"the path of the folder {name!r} (--images PATH)" if of_folder else f"none, for {dataset}"
         raise ValueError(f"{given} for a model of {config['data_name']}; allowed: {allowed}")
     about = DataConfig(**config["data"] | dict(dataset=f"{FOLDER}{images}" if of_folder else dataset))
-    task_id, same = config["task_id"], content_key(about.dataset) == config["content"]
-    if same:  # with the model's codebook: machines round differently, one that is fitted here may be another
-        data = data_for(about) if dataset in MAKERS else make_tasks(**asdict(about), codebook=book)
-        same = np.allclose(data.codebook.codes, book.codes, atol=1e-4)
-        same = same and data.task_names[task_id : task_id + 1] == (model.task,)
-        same = same and {s: len(tokens[task_id]) for s, tokens in data.tokens.items()} == config["n_images"]
+    if "content" not in config:
+        raise ModelError(f"the model {model.task!r} does not say what images it was made of: export it again")
+    task_id, data, same = config["task_id"], data_for(about), content_of(about) == config["content"]
+    if same and dataset not in MAKERS and not np.array_equal(data.codebook.codes, book.codes):
+        data = make_tasks(**asdict(about), codebook=book)  # machines round differently: another was fitted here
+    codes = data.codebook.codes
+    same = same and codes.shape == book.codes.shape and np.allclose(codes, book.codes, atol=1e-4)
+    same = same and data.task_names[task_id : task_id + 1] == (model.task,)
+    same = same and {s: len(tokens[task_id]) for s, tokens in data.tokens.items()} == config["n_images"]
     if not same:
         where = images or config["data_name"]
         words = "images were added, removed or changed since" if of_folder else "the data are not the same here"

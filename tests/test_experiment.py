@@ -779,10 +779,33 @@ def test_what_does_not_start_from_a_bad_run_is_trained_all_the_same(other_runs, 
     assert is_done(tiny(steps=2)) and not is_done(tiny_projectable(bad, steps=2))
 
 
-def test_a_misspelt_option_is_said_before_any_run_is_trained(other_runs):
-    with pytest.raises(ValueError, match="unknown option 'famly' of the model 'projectable'"):
-        run_many([tiny(steps=2), tiny_projectable(steps=2, options={"famly": "Linear"})])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        tiny_projectable(steps=2, options={"famly": "Linear"}),
+        tiny_projectable(steps=2, options={"family": "linear"}),
+        tiny_projectable(tiny_source(steps=2, options=(("famly", "Linear"),)), steps=2),
+    ],
+)
+def test_a_misspelt_option_is_said_before_any_run_is_trained(other_runs, wrong):
+    with pytest.raises(
+        ValueError, match="unknown option 'famly' of the model|unknown generator 'linear'; allowed: Sli"
+    ):
+        run_many([tiny(steps=2), wrong])
     assert not list(other_runs.glob("*/result.json"))
+
+
+def test_images_that_are_gone_when_a_run_ends_do_not_lose_it(other_runs, tmp_path, monkeypatch):
+    """What it was trained on is in memory."""
+    config, train = tiny(steps=2), experiment.train
+
+    def gone(*about, **more):
+        monkeypatch.setattr(experiment, "data_for", lambda config: pytest.fail("read again"))
+        return train(*about, **more)
+
+    monkeypatch.setattr(experiment, "train", gone)
+    experiment._train(config, folder := folder_of(config), None, None, experiment.Team())
+    assert (folder / "result.json").exists()
 
 
 def test_a_folder_that_jupyter_left_in_an_unfinished_run_does_not_stop_it(other_runs):

@@ -109,11 +109,24 @@ def test_another_codebook_of_the_same_images_changes_no_loss_and_no_model_unseen
         trained.model()
 
 
+def test_a_model_that_does_not_say_what_it_was_made_of_still_draws(exported):
+    old = load(exported)
+    del old.config["content"]
+    assert len(old.sample(1)) == 1
+    with pytest.raises(ModelError, match="'3' does not say what images it was made of: export it again"):
+        evaluate(old)
+
+
 def test_evaluation_refuses_other_data_and_splits(exported):
     model = load(exported)
     with pytest.raises(ValueError, match="unknown split 'all'; allowed: train, val, test"):
         evaluate(model, "all")
-    for key, value in (("content", "f00"), ("n_images", dict(train=100, val=20, test=3)), ("task_id", 4)):
+    for key, value in (
+        ("content", "f00"),
+        ("n_images", dict(train=100, val=20, test=3)),
+        ("task_id", 4),
+        ("task_id", 10),
+    ):
         with pytest.raises(ModelError, match="digits/classes gives other images or tasks than the model was made with"):
             other = load(exported)
             other.config[key] = value

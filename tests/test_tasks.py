@@ -223,6 +223,12 @@ def test_no_code_and_no_patch(argument):
         make_tasks("digits", **ARGUMENTS | {argument: 0})
 
 
+@pytest.mark.parametrize("dataset", ["glyphs", "text"])
+def test_sets_whose_splits_follow_validation_need_some(dataset):
+    with pytest.raises(ValueError, match="val_per_class=0; allowed: 1 or more"):
+        make_tasks(dataset, val_per_class=0)
+
+
 @pytest.mark.parametrize("n_clusters", [0, 1239])
 def test_no_cluster_and_more_clusters_than_images(n_clusters):
     message = f"clusters{n_clusters} of 1238 training images; allowed: clusters1 to clusters1238"

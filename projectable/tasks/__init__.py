@@ -247,7 +247,11 @@ def make_tasks(
 
     Raises ValueError naming the allowed values; DataError where images are missing or too few.
     """
-    for name, value, least in (("vocab_size", vocab_size, 1), ("patch", patch, 1), ("val_per_class", val_per_class, 0)):
+    for name, value, least in (
+        ("vocab_size", vocab_size, 1),
+        ("patch", patch, 1),
+        ("val_per_class", val_per_class, int(dataset in MAKERS)),
+    ):
         if value < least:
             raise ValueError(f"{name}={value}; allowed: {least} or more")
     if scarce := re.fullmatch(FEW, tasks):
