@@ -100,9 +100,10 @@ def test_another_codebook_of_the_same_images_changes_no_loss_and_no_model_unseen
         return replace(book, codes=book.codes[::-1].copy())
 
     monkeypatch.setattr(Codebook, "fit", classmethod(elsewhere))
+    monkeypatch.setattr(experiment, "data_for", lambda config: make_tasks(**asdict(config)))  # not what is kept here
     model = load(exported)
+    assert not np.array_equal(experiment.data_for(trained.config.data).codebook.codes, model.codebook.codes)
     assert evaluate(model)[1] == pytest.approx(model.config["losses"]["test"])
-    monkeypatch.setattr(experiment, "data_for", lambda config: make_tasks(**asdict(config)))
     with pytest.raises(
         DamagedFile, match="trained on other tokens than digits/classes has here, where its codebook was"
     ):
