@@ -635,18 +635,20 @@ FEW_IMAGES = {
         "projected, then small model tuned", "specialists", "projected", {8: 2e-3}, after="projected_vector"
     ),
     "projected_support": FewArm("projected, told by its images", "adapted", "told_SupportSet", {}, "vector"),
-    "universal_vector": FewArm("universal, task embedding tuned", "adapted", "universal", {8: 1e-1}, "vector"),
-    "universal_maps": FewArm("universal, all of it tuned", "adapted", "universal", {8: 5e-3}, "maps"),
+    "universal_vector": FewArm(
+        "universal, task embedding tuned", "adapted", "universal", {8: 1e-1, 32: 3e-2}, "vector"
+    ),
+    "universal_maps": FewArm("universal, all of it tuned", "adapted", "universal", {8: 5e-2, 32: 5e-3}, "maps"),
     "universal_model": FewArm(
         "universal, then one model a task tuned", "specialists", "universal", {8: 2e-3}, after="universal_vector"
     ),
     "universal_support": FewArm("universal, additive, told by its images", "told", "universal_support", {}),
     "universal_support_film": FewArm("universal, FiLM, told by its images", "told", "universal_support_film", {}),
     "hyper_vector": FewArm(
-        "hypernetwork without a source, task vector tuned", "adapted", "hypernetwork", {8: 5e-2}, "vector"
+        "hypernetwork without a source, task vector tuned", "adapted", "hypernetwork", {8: 5e-2, 32: 1.5e-1}, "vector"
     ),
     "hyper_maps": FewArm(
-        "hypernetwork without a source, all of it tuned", "adapted", "hypernetwork", {8: 5e-3}, "maps"
+        "hypernetwork without a source, all of it tuned", "adapted", "hypernetwork", {8: 1.7e-3}, "maps"
     ),
     "scratch": FewArm("specialists from scratch", "specialists", "", {8: 2e-2, 16: 1e-2, 32: 5e-3}),
     "source_vector": FewArm(
@@ -672,7 +674,8 @@ class Scarce(Compared):
     """New tasks with n images of each, after a study of others: the arms of `FEW_IMAGES`, swept and run over seeds.
 
     Sweeps start with `profile.trials` rates a factor 3 apart and go on beyond an edge, as those of a `Study` do.
-    A seed also draws the images; a fifth of them, at least one a task, choose the step and the learning rate.
+    A seed also draws the images; a fifth of them, at least one a task, choose the step and the learning rate (as many
+    of them as in the study).
     """
 
     factor = 3.0
@@ -719,7 +722,7 @@ class Scarce(Compared):
             images_per_task=p.images_per_task,
             warmup=10,
             eval_every=max(1, steps // 10),
-            val_images=0,
+            val_images=p.val_images,
             patience=3,
             options=(("tune", arm.tune),) if arm.tune else (),
             start=start,

@@ -313,9 +313,10 @@ class Profile:
 
     @property
     def glyphs(self) -> Profile:
-        """The same with letters as tasks; others are held out (tasks `heldout`)."""
+        """The same with letters as tasks, evaluated on five images of each; others are held out (tasks `heldout`)."""
         tasks, n = ("train16", 10) if self.name == "smoke" else ("train256", 20)
-        return replace(self, data=replace(self.data, dataset="glyphs", tasks=tasks, patch=4, val_per_class=n))
+        data = replace(self.data, dataset="glyphs", tasks=tasks, patch=4, val_per_class=n)
+        return replace(self, data=data, val_images=5)
 
     @property
     def short(self) -> Profile:

@@ -333,8 +333,13 @@ def _distilled_specialists(config: RunConfig, data: TaskData, start: Universal, 
     return DistilledSpecialists(config.shape(data.codebook.length, *config.sizes), data.n_tasks, start, share)
 
 
+def _typical(data: TaskData) -> torch.Tensor:
+    """The sequences that P₀ is chosen on, (T, B, N): 20 of each task, fewer of more than 64."""
+    return data.first("train", max(1, min(20, 1280 // data.n_tasks)))
+
+
 def _cut(config: RunConfig, data: TaskData, start: Universal, p0: str = "pca") -> Model:
-    tokens = data.first("train", 20)
+    tokens = _typical(data)
     whole = Projectable(start, data.n_tasks, config.sizes, tokens, family="Slice", p0=p0, seed=config.seed)
     return _specialists(config, data, whole)
 
@@ -356,7 +361,7 @@ def _projectable(config: RunConfig, data: TaskData, start: Universal, encoder: t
             f"a conditioning that needs {unknown[0]!r}; allowed: what `experiment.TELL` has, {', '.join(TELL)}"
         )
     told = {need: TELL[need](data, *encoder) for need in needs}
-    tokens = data.first("train", 20)
+    tokens = _typical(data)
     return Projectable(start, data.n_tasks, config.sizes, tokens, told=told, seed=config.seed, **options)
 
 

@@ -195,10 +195,11 @@ def test_arms_with_fewer_seeds(study):  # noqa: F811
     assert len(study.seeds("projected", max_seeds=2)["projected"]) == 2
 
 
-def test_new_tasks_use_all_their_validation_images_and_the_whole_base(study):  # noqa: F811
+def test_new_tasks_are_validated_as_the_known_ones_and_use_the_whole_base(study):  # noqa: F811
     study.loss = lambda config, member: 1.0
     config = Scarce(study, "heldout20", 5, 20).config("projected_vector", 8, 1e-2, 0)
-    assert (config.val_images, config.patience, config.warmup) == (0, 3, 10) and config.start.sizes == study.sizes
+    assert (config.patience, config.warmup) == (3, 10) and config.start.sizes == study.sizes
+    assert config.val_images == PROFILE.val_images
 
 
 def test_the_crossed_bootstrap_redraws_seeds(digits):
