@@ -236,6 +236,9 @@ def _made(config: RunConfig, data: TaskData, start: Model | None) -> Model:
     if start is not None and (its := start.shape) and (its.vocab_size, its.length) != (own.vocab_size, own.length):
         words = f"start: {its.length} tokens of {its.vocab_size} codes"
         raise ValueError(f"{words}; allowed: those of the run itself, {own.length} of {own.vocab_size}")
+    if config.start is not None and _codes(before := data_for(config.start.data)) != _codes(data):
+        words = f"start: the codes of {before.name}, which are not those of the run itself, {data.name}"
+        raise ValueError(f"{words}; allowed: the same in both (one codebook: of the same images, but for their tasks)")
     model = untrained(config, data, start)
     z_dim = next((part.z_dim for part in model.modules() if isinstance(part, Conditioning)), 0)
     for maker in (part for part in model.modules() if isinstance(part, Generator)):  # of one's own, perhaps

@@ -959,6 +959,10 @@ def test_data_of_no_codes_or_pixels(name):
             dict(model="adapted", start=tiny(data=replace(DIGITS, patch=4), steps=2)),
             "start: 4 tokens of 32 codes; allowed: those of the run itself, 16 of 32",
         ),
+        (
+            dict(model="adapted", start=tiny(data=replace(DIGITS, val_per_class=30), steps=2)),
+            "start: the codes of .*, which are not those of the run itself.*; allowed: the same in both",
+        ),
     ],
 )
 def test_models_that_cannot_be_built(digits, changes, message):
