@@ -159,7 +159,7 @@ def test_pages_and_index_tell_how_many_runs_their_time_holds(ran):
 def test_a_page_from_finished_runs_tells_what_they_took_to_train(project, monkeypatch):
     path = write_notebook(project, "01_good", text="# Good one")
     monkeypatch.setattr(reporting, "execute", lambda path, executed, parameters: None)
-    trained = iter([3, 0, 0])
+    trained = iter([3, 0, 0, 0])
     monkeypatch.setattr(reporting, "_runs_since", lambda clock: next(trained))
     first, *later = [reporting.run_notebook(path, "smoke") for _ in range(3)]
     assert first.before is None and [status.before for status in later] == [first.seconds] * 2
@@ -169,8 +169,14 @@ def test_a_page_from_finished_runs_tells_what_they_took_to_train(project, monkey
         f"no run trained meanwhile (with training: {took})"
         in (reporting.reports_dir("smoke") / "01_good.html").read_text()
     )
-    row = (reporting.reports_dir("smoke") / "index.html").read_text().partition('data-label="time">')[2]
-    assert row.startswith(f"{took}<br><small>rendered again in {pages.duration(later[-1].seconds)}</small>")
+
+    def time_in_index() -> str:
+        return (reporting.reports_dir("smoke") / "index.html").read_text().partition('data-label="time">')[2]
+
+    assert time_in_index().startswith(f"{took}<br><small>rendered again in {pages.duration(later[-1].seconds)}</small>")
+    monkeypatch.setattr(reporting, "execute", lambda path, executed, parameters: 1 / 0)
+    reporting.run_notebook(path, "smoke")
+    assert time_in_index().startswith(f"{took}<br><small>failed after")
 
 
 @pytest.mark.slow
