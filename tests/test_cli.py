@@ -111,10 +111,9 @@ def test_training_prints_the_folder_and_finds_it_again(other_runs, tmp_path):
     assert again.stdout == first.stdout and again.stderr == ""
 
 
-@pytest.mark.parametrize("option", [dict(famly="Linear"), dict(family="linear")])
-def test_what_is_wrong_is_said_before_anything_is_trained(other_runs, tmp_path, option):
-    path = written(tmp_path, asdict(tiny_projectable(steps=2, options=option)))
-    with pytest.raises(ValueError, match="unknown option 'famly'|unknown generator 'linear'"):
+def test_what_is_wrong_is_said_before_anything_is_trained(other_runs, tmp_path):
+    path = written(tmp_path, asdict(tiny_projectable(steps=2, options=dict(famly="Linear"))))
+    with pytest.raises(ValueError, match="unknown option 'famly'"):
         call("train", path)
     assert not list(other_runs.glob("source-*"))
 
@@ -196,18 +195,13 @@ def test_errors_are_one_line_that_names_the_value(trained, model, tmp_path, caps
     project, folder = ("project", trained.folder, "-o", tmp_path / "x"), tmp_path / "folder.png"
     folder.mkdir()
     for words, expected in (
-        ((*project, "--task", "coat", "--width", 8), "unknown task 'coat'; allowed: 0, 1, 2"),
         ((*project, "--task", 3, "--width", 12), r"unknown width '12' of .*; allowed: 8 \(d8\), 16 \(d16\)"),
         (("project", "nowhere", "--task", 3, "--width", 8, "-o", tmp_path / "x"), "no run 'nowhere'; allowed: "),
         (("project", trained.folder, "--task", 3, "--width", 8, "-o", model), "threes exists: "),
         (("evaluate", model, "--split", "all"), "unknown split 'all'; allowed: train, val, test"),
         (("sample", model, "-n", 0, "-o", tmp_path / "x"), "n=0 is no number of sequences; allowed: 1 or more"),
         (("evaluate", model, "--images", tmp_path), f"images={tmp_path} for a model of digits/classes; allowed: none"),
-        (("evaluate", tmp_path / "x"), "x does not exist; allowed: a folder"),
-        (("evaluate", trained.folder), "is a run, of many tasks"),
         (("train", model), "threes is no run but a small model: `projectable sample`"),
-        (("project", model, "--task", 3, "--width", 8, "-o", tmp_path / "x"), "threes is no run but a small model: "),
-        (("sample", model, "-o", "x.gif"), "x.gif is no PNG file"),
         (("sample", model, "-o", folder), "folder.png can't be written .Is a directory."),
         (("sample", model, "-o", "x.png", "--seed", 10**22), "seed=10000000000000000000000; allowed: up to 922"),
         (
@@ -215,7 +209,6 @@ def test_errors_are_one_line_that_names_the_value(trained, model, tmp_path, caps
             "README.md/x can't be written .Not a directory.",
         ),
         (("sample", model, "-o", tmp_path / "x.png", "--temperature", "nan"), "temperature=nan is no temperature"),
-        (("info", "nowhere"), "no run 'nowhere'; allowed: "),
         (("info", tmp_path), "holds no model: config.json is missing"),
         (("train", tmp_path / "x.json"), "x.json does not exist; allowed: a config as JSON"),
     ):
@@ -250,14 +243,6 @@ def test_options_in_any_form_and_order_are_the_same_run():
         assert of_json == made == tiny_projectable().with_(options=options) and of_json.key() == made.key()
 
 
-def test_the_example_is_a_config():
-    assert read_config(ROOT / "notebooks/digits.json", MODELS).start.model == "source"
-
-
-def test_a_runs_folder_is_its_config(universal):
-    assert read_config(universal.folder, MODELS) == universal.config
-
-
 GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
 
 
@@ -265,32 +250,21 @@ GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
     ("changes", "words"),
     [
         (dict(rate=3), "unknown key 'rate'; allowed: model, data"),
-        (dict(steps=...), "missing steps"),
         (dict(seed=..., model=...), "missing model, seed"),
         (dict(data={"name": "digits"}), "data: unknown key 'name'; allowed: dataset"),
-        (dict(data="digits"), "data is 'digits'; allowed: an object"),
         (dict(start={}), "start: missing model, data"),
-        (dict(start=None), "'projectable' needs 'start'"),
         (dict(start=GOOD["start"] | dict(steps="many")), "start: steps='many'; allowed: int"),
-        (dict(steps=0), "steps=0; allowed: 1 or more"),
         (dict(patience=-1), "patience=-1; allowed: 0 or more"),
-        (dict(val_images=-5), "val_images=-5; allowed: 0 or more"),
         (dict(clip=0.0), "clip=0.0; allowed: more than 0"),
         (dict(data=GOOD["data"] | dict(val_per_class=-5)), "val_per_class=-5; allowed: 0 or more"),
         (dict(model="universal"), "model 'universal' starts from nothing; allowed: no 'start'"),
-        (dict(clip=math.nan), "clip=nan; allowed: more than 0"),
         (dict(lr=[-1e-3]), "lr of d8=-0.001; allowed: 0 or more"),
         (dict(source_lr=math.inf), "source_lr=inf; allowed: 0 or more"),
         (dict(weight_decay=math.nan), "weight_decay=nan; allowed: 0 or more"),
         (dict(sizes=[8, 8], lr=[1e-3, 1e-3]), r"sizes=\[8, 8\]; allowed: each once"),
         (dict(seed=-1), "seed=-1; allowed: up to 9223372036854775807, not negative"),
-        (dict(steps=10**12), "steps=1000000000000 × .*; allowed: up to 1000000000 images"),
         (dict(start=GOOD["start"] | dict(steps=0)), "start: steps=0; allowed: 1 or more"),
         (dict(d_source=32), "start: d_source=16, in the run itself 32; allowed: the same in both"),
-        (
-            dict(data=GOOD["data"] | dict(dataset="fashion")),
-            "start: data=.*digits.*, in the run itself .*fashion.*; allowed: the same in both",
-        ),
         (
             dict(start=GOOD["start"] | dict(model="universal", sizes=[8], lr=[0.01])),
             "start: model 'universal'; allowed for 'projectable': 'source'",
@@ -298,14 +272,7 @@ GOOD = json.loads(json.dumps(asdict(tiny_projectable())))
         (dict(model="tuned", start=None), "'tuned' needs 'start'"),
         (dict(steps=1.5), "steps=1.5; allowed: int"),
         (dict(seed=True), "seed=True; allowed: int"),
-        (dict(sizes=8), "sizes=8; allowed: a list of int"),
-        (dict(sizes=[8, "16"]), "sizes='16'; allowed: int"),
-        (dict(sizes=[8, 16]), "1 learning rates for 2 sizes"),
         (dict(model="diffusion"), "unknown model 'diffusion'; allowed: source, universal"),
-        (
-            dict(model="universal", start=None, sizes=[8, 16], lr=[1e-2, 1e-2]),
-            r"sizes=\[8, 16\]; allowed for model 'universal': one",
-        ),
         (dict(options=["family"]), r"options=\['family'\]; allowed: an object"),
     ],
 )

@@ -101,12 +101,6 @@ class TestFeatures:
         features = made("Features", told)
         torch.testing.assert_close(features.encode(told["vectors"][2:4]), features(torch.tensor([2, 3])))
 
-    def test_tasks_that_look_alike_have_vectors_alike(self, told):
-        vectors = told["vectors"].clone()
-        vectors[1] = vectors[0] + 0.01
-        z = Features(T, K, vectors)(torch.arange(T))
-        assert (z[1] - z[0]).norm() < 0.1 * (z[2] - z[0]).norm()
-
     @pytest.mark.parametrize("vectors", [torch.zeros(T + 1, F), torch.zeros(T), torch.full((T, F), torch.nan)])
     def test_vectors_that_cannot_be(self, vectors):
         with pytest.raises(

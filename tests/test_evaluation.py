@@ -213,10 +213,6 @@ def test_an_image_is_named_by_the_likeliest_model():
     assert evaluation.naming_accuracy(losses) == 0.75  # the second image of task 0 goes to model 1
 
 
-def test_bits_per_pixel():
-    assert evaluation.bits_per_pixel(math.log(2), 49, 784) == pytest.approx(49 / 784)
-
-
 @pytest.fixture(scope="module")
 def projectable():
     return experiment.run(tiny_projectable()).model()
@@ -227,12 +223,6 @@ def test_swapping_tasks_gives_each_models_loss_on_each_tasks_images(projectable,
     assert found.shape == (10, 10, 5)
     own = projectable.losses(torch.tensor([3]), digits.first("test", 5)[3:4])["d8"]
     torch.testing.assert_close(found[3, 3].mean(), own[0].detach())
-
-
-def test_a_model_agrees_with_itself_and_not_with_another(projectable, digits):
-    other = experiment.run(tiny_projectable(seed=1)).model()
-    kl = evaluation.disagreement([projectable, other], "d8", digits, per_task=5)
-    assert kl.diagonal().abs().max() < 1e-6 and kl[0, 1] > 1e-4 and kl[1, 0] > 1e-4
 
 
 def test_the_line_between_two_tasks_ends_at_their_models(projectable, digits):

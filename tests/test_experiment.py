@@ -66,15 +66,6 @@ def test_a_run_without_its_result_is_finished_again(other_runs):
     assert is_done(config) and all(torch.equal(first[key], again[key]) for key in first)
 
 
-def test_what_a_run_starts_from_is_trained_first(other_runs):
-    config = tiny_projectable(tiny_source(steps=10), steps=10)
-    finished = run(config)
-    assert is_done(config.start)
-    source = Run(config.start, folder_of(config.start)).model()
-    assert finished.model().source.shape == source.shape
-    assert len(list(other_runs.glob("*/result.json"))) == 2
-
-
 def test_a_finished_model_is_loaded_without_what_it_started_from(source, other_runs, monkeypatch):
     configs = [
         *(tiny_projectable(options={"source_mode": mode}, steps=2) for mode in ("trained", "frozen", "random_frozen")),
@@ -143,9 +134,6 @@ def test_rates_and_sizes_must_match():
 
 def test_every_model_can_be_built_trained_and_loaded(universal, source):
     for config in (
-        tiny(model="distilled", start=tiny_source(), options=(("conditioning", "film"),), steps=2),
-        tiny(model="distilled_specialists", start=tiny_source(), steps=2),
-        tiny(model="specialists", start=tiny(), steps=2),
         tiny_projectable(steps=2, options={"family": "LowRank", "z_dim": 2, "layout": "per_matrix", "rank": 2}),
         tiny_source(start=tiny_source(), steps=2),
         tiny(model="told", lr=(0.0,), start=tiny(model="support_universal", steps=2), steps=1),
@@ -546,12 +534,6 @@ def test_the_seed_of_a_run_decides_its_random_numbers_not_that_of_its_start(sour
     assert not torch.equal(one.conditioning["d8"].table, two.conditioning["d8"].table)
 
 
-def test_building_twice_gives_the_same_model(source, digits):
-    for config in (tiny(), tiny_projectable(options={"family": "LowRank"})):
-        one, two = (build(config, digits).state_dict() for _ in range(2))
-        assert all(torch.equal(one[key], two[key]) for key in one)
-
-
 # ------------------------------------------------------------------------------------------------ many, in parallel
 
 
@@ -771,26 +753,15 @@ def test_a_worker_that_was_killed_between_two_calls_is_replaced(other_runs, monk
         experiment._pool.cache_clear()
 
 
-def test_what_does_not_start_from_a_bad_run_is_trained_all_the_same(other_runs, monkeypatch):
-    monkeypatch.setenv("PROJECTABLE_WORKERS", "1")
-    bad = tiny_source(options=(("conditioning", "telepathy"),))
-    with pytest.raises(ValueError, match="unknown conditioning 'telepathy'"):
-        run_many([tiny_projectable(bad, steps=2), tiny(steps=2)])
-    assert is_done(tiny(steps=2)) and not is_done(tiny_projectable(bad, steps=2))
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
         tiny_projectable(steps=2, options={"famly": "Linear"}),
-        tiny_projectable(steps=2, options={"family": "linear"}),
         tiny_projectable(tiny_source(steps=2, options=(("famly", "Linear"),)), steps=2),
     ],
 )
 def test_a_misspelt_option_is_said_before_any_run_is_trained(other_runs, wrong):
-    with pytest.raises(
-        ValueError, match="unknown option 'famly' of the model|unknown generator 'linear'; allowed: Sli"
-    ):
+    with pytest.raises(ValueError, match="unknown option 'famly' of the model"):
         run_many([tiny(steps=2), wrong])
     assert not list(other_runs.glob("*/result.json"))
 
@@ -821,13 +792,11 @@ OURS = dict(model="projectable", start=tiny_source())
     "changes, message",
     [
         (dict(clip=float("nan")), "clip=nan; allowed: more than 0"),
-        (dict(lr=(float("nan"),)), "lr of d8=nan; allowed: 0 or more"),
         (dict(eval_every=0), "eval_every=0; allowed: 1 or more"),
         (dict(val_images=-3), "val_images=-3; allowed: 0 or more"),
         (dict(sizes=(0,)), "sizes=\\[0\\]; allowed: 1 or more"),
         (dict(sizes=(8, 16), lr=(1e-2, 1e-2)), "allowed for model 'universal': one size"),
         (dict(model="projectable"), "model 'projectable' needs 'start'"),
-        (dict(model="adapted", start=tiny(model="masked_universal")), "'masked_universal'; allowed for 'adapted'"),
         (
             dict(model="specialists", start=tiny(model="masked_universal")),
             "allowed for 'specialists': one that reads as it does",
@@ -842,10 +811,6 @@ OURS = dict(model="projectable", start=tiny_source())
             SOURCE | dict(start=tiny_source(data=CLUSTERS)),
             "start: data=.*clusters4.*, in the run itself .*; allowed: the same in both",
         ),
-        (
-            SOURCE | dict(start=tiny_source(d_source=32)),
-            "start: d_source=32, in the run itself 16; allowed: the same in both",
-        ),
         (SOURCE | dict(source_lr=0), "source_lr=0.0, with which the source learns nothing; allowed: more than 0"),
         (SOURCE | dict(model="masked_source", source_lr=0), "source_lr=0.0, .*; allowed: more than 0"),
         (OURS | dict(options={"source_mode": "tuned"}), "source_lr=0.0, .*; allowed: more than 0"),
@@ -859,8 +824,6 @@ OURS = dict(model="projectable", start=tiny_source())
         (dict(options={"family": {"a": 1}}), "option family={'a': 1}; allowed: a number, a string, true, false, null"),
         (dict(lr=1e-3), "lr=0.001; allowed: a list of float"),
         (dict(lr=("1e-3",)), "lr='1e-3'; allowed: float"),
-        (dict(sizes=8), "sizes=8; allowed: a list of int"),
-        (dict(steps="2"), "steps='2'; allowed: int"),
         (dict(data="digits"), "data is 'digits'; allowed: an object with the keys of DataConfig"),
         (
             dict(model="specialists", start=Run(tiny(), "x")),
@@ -884,7 +847,6 @@ def test_a_config_made_in_python_is_checked_as_one_of_json_is(changes, message):
         (dict(options={"famly": 1, "family": "LowRank"}), "'famly' .*; allowed: .*, neurons, rank$"),
         (dict(options={"famly": 1, "family": "Orthonormal", "inner": "LowRank"}), "'famly' .*, inner, steps, rank$"),
         (dict(options={"seed": 1}), "unknown option 'seed' of the model 'projectable'"),
-        (dict(options={"z_dim": "4"}), "option z_dim='4'; allowed: a whole number"),
         (dict(options={"z_dim": 4.5}), "option z_dim=4.5; allowed: a whole number"),
         (dict(options={"z_dim": None}), "option z_dim=None; allowed: a whole number"),
         (dict(options={"n_layers": "1"}), "option n_layers='1'; allowed: a whole number"),
@@ -902,11 +864,6 @@ def test_what_is_wrong_with_a_model_is_said_before_its_source_is_trained(other_r
     with pytest.raises(ValueError, match=message):
         run(config)
     assert not is_done(config.start)
-
-
-def test_a_source_that_is_not_trained_needs_no_rate():
-    for mode in ("frozen", "random_frozen"):
-        assert tiny(**OURS, options={"source_mode": mode}).source_lr == 0
 
 
 def test_numbers_of_numpy_are_those_of_python():
@@ -940,9 +897,6 @@ def test_data_of_no_codes_or_pixels(name):
             dict(model="adapted", start=tiny(steps=2), sizes=(16,)),
             r"sizes=\[16\] would have d8; allowed: the widths that",
         ),
-        (dict(model="specialists", start=tiny(steps=2), sizes=(16,)), "'specialists' of width 16; allowed: .*: d8"),
-        (dict(model="hard_mixture", options=(("experts", 2),)), "unknown option 'experts' .*; allowed: n_experts"),
-        (dict(model="specialists", options=(("share", 2),)), "unknown option 'share' .*'specialists'; allowed: none"),
         (
             SOURCE | dict(options={"conditioning": "film"}, start=tiny_source(steps=2)),
             "start: conditioning='additive', in the run itself 'film'; allowed: the same in both",
@@ -1021,8 +975,6 @@ def test_the_same_folder_is_the_same_data_from_wherever_it_is_named(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     own = DataConfig("folder:own")
     assert own == DataConfig(f"folder:{tmp_path / 'own'}") == DataConfig(f"folder:../{tmp_path.name}/own")
-    one, other = (tiny(data=DataConfig(f"folder:{tmp_path / name}")) for name in ("here", "there"))
-    assert one.key() == other.key(), "what its images are decides, not where they lie"
     assert tiny(data=DataConfig("digits")).key() != tiny(data=DataConfig("fashion")).key()
     monkeypatch.setitem(images.LOADERS, "hub:digits", images.LOADERS["digits"])
     assert DataConfig("hub:digits").dataset == "hub:digits", "a name, not a path"
@@ -1070,7 +1022,7 @@ def test_a_start_that_fails_is_tried_once(other_runs, monkeypatch):
     monkeypatch.setattr(experiment, "_train", fail)
     with pytest.raises(OSError, match="no room"):
         run_many([tiny_source(), tiny_projectable(), tiny(steps=2)])
-    assert tried == ["source", "universal"]
+    assert tried == ["source", "universal"] and is_done(tiny(steps=2))
 
 
 def test_a_single_worker_trains_here_and_says_how_far_it_is(other_runs, universal, monkeypatch, capsys):

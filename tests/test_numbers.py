@@ -10,14 +10,13 @@ from conftest import tiny, tiny_projectable, tiny_source
 from test_arms import PROFILE, study  # noqa: F401
 from test_evaluation import table
 from test_projection import BIG, big, model, tokens  # noqa: F401
-from test_training import TOO_FAST
 
 from projectable import arms, evaluation, experiment
 from projectable.arms import LAMBDA, Scarce
 from projectable.generators import make_generator
 from projectable.models import Adapted, SupportUniversal, Universal, base_maps, redraw_inner_weights
 from projectable.tasks import TaskData
-from projectable.training import make_optimizer, train
+from projectable.training import train
 from projectable.transformer import forward, hidden, initial_weights
 
 
@@ -41,12 +40,6 @@ def test_lambda_multiplies_the_gradient_of_the_sources_own_loss(digits, source, 
     torch.testing.assert_close(grads[3.0] - grads[1.0], 2 * small.source.plain["qkv"].grad, rtol=1e-3, atol=1e-6)
 
 
-def test_weight_decay_reaches_every_group(digits, source):
-    small = experiment.build(tiny_projectable(), digits)
-    groups = make_optimizer(small, tiny_projectable().rates(), 0.5).param_groups
-    assert {group["weight_decay"] for group in groups} == {0.5} and {g["betas"] for g in groups} == {(0.9, 0.95)}
-
-
 def test_relative_rates_in_numbers(tokens):  # noqa: F811
     small = model(tokens)
     rates = {
@@ -54,7 +47,6 @@ def test_relative_rates_in_numbers(tokens):  # noqa: F811
         for name in ("stream.base", "neurons.base", "modulation.base", "stream.directions")
     }
     assert rates == {"stream.base": 1.0, "neurons.base": 0.25, "modulation.base": 4.0, "stream.directions": 0.4}
-    assert small.rate_factor("source.plain.qkv") == 1.0
     assert model(tokens, source_rate=0.5).rate_factor("source.plain.qkv") == 0.5
 
 
@@ -215,6 +207,7 @@ def test_disagreement_is_the_kl_of_the_row_from_the_column(digits, source):
         p, q = (forward(m.weights("d8", ids), images).log_softmax(-1) for m in models)
     found = evaluation.disagreement(models, "d8", digits, per_task=5)
     torch.testing.assert_close(found[0, 1], (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-3, atol=1e-6)
+    assert found.diagonal().abs().max() < 1e-6 and found[1, 0] > 1e-4
 
 
 def test_costs_in_numbers(digits, source, monkeypatch):
@@ -250,12 +243,6 @@ def test_a_teachers_forward_pass_counts(source):
     taught = plain.with_(model="distilled", start=tiny_source())
     more = plain.shape(16).n_operations() * 40 * 10 * 4 * 16
     assert experiment.operations(taught) == experiment.operations(plain) + experiment.operations(tiny_source()) + more
-
-
-def test_a_result_is_that_of_the_best_step(digits):
-    run = experiment.run(TOO_FAST.with_(steps=30, warmup=20))
-    val = [row["loss"] for row in run.history if row["split"] == "val"]
-    assert run.result["val"]["d8"] == min(val) < val[-1]
 
 
 def test_only_training_images_shape_a_model(digits, source, monkeypatch):

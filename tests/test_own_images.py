@@ -459,8 +459,6 @@ def test_a_folder_that_was_moved_has_its_runs(tmp_path, other_runs, monkeypatch)
     with torch.no_grad():
         again = found.model().losses(torch.arange(3), data_for(moved.data).first("test", 2))["d8"]
     assert again.isfinite().all()
-    (tmp_path / "animals" / "cats" / "0.png").unlink()
-    assert not experiment.is_done(moved), "other images are other data"
 
 
 def trained_on(folder, tmp_path, steps=2):

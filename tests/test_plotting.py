@@ -162,14 +162,6 @@ def test_matrix_writes_its_numbers_and_labels():
     assert [(frame.get_x(), frame.get_y()) for frame in framed] == [(i, i) for i in range(3)]
 
 
-def test_image_grid_places_images():
-    images = np.zeros((2, 3, 4, 4))
-    images[1, 2] = 0.5
-    sheet = plotting.image_grid(images, ["a", "b"]).axes[0].images[0].get_array()
-    assert sheet.shape == (9, 14)
-    assert (np.asarray(sheet[-4:, -4:]) == 0.5).all() and (np.asarray(sheet[:4, :4]) == 0).all()
-
-
 def test_captions_stand_below_their_images():
     images = np.zeros((2, 3, 8, 8))
     images[1, 2] = 0.5
@@ -198,8 +190,3 @@ def test_learning_curves_with_seeds_as_points_and_a_start_at_nothing():
     at = [ax.transData.transform((step, 0))[0] for step in (0, 10, 100, 1000)]
     assert np.allclose(at[3] - at[2], at[2] - at[1]) and at[0] < at[1]
     assert [ax.xaxis.get_major_formatter()(tick, None) for tick in (0, 1000)] == ["0", "1k"]
-
-
-def test_legends_are_in_words_where_arms_have_them():
-    assert plotting.label_of("static_token") == "one map for all tasks (StaticToken)"
-    assert plotting.label_of("an_arm_of_mine") == "an arm of mine"
