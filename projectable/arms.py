@@ -674,8 +674,8 @@ class Scarce(Compared):
     """New tasks with n images of each, after a study of others: the arms of `FEW_IMAGES`, swept and run over seeds.
 
     Sweeps start with `profile.trials` rates a factor 3 apart and go on beyond an edge, as those of a `Study` do.
-    A seed also draws the images; a fifth of them, at least one a task, choose the step and the learning rate (as many
-    of them as in the study).
+    A seed also draws the images; a fifth of them, at least one a task, choose the step and the learning rate (at
+    most `profile.val_images` of them).
     """
 
     factor = 3.0

@@ -313,7 +313,7 @@ class Profile:
 
     @property
     def glyphs(self) -> Profile:
-        """The same with letters as tasks, evaluated on five images of each; others are held out (tasks `heldout`)."""
+        """The same with letters as tasks, validated by five images of each; others are held out (tasks `heldout`)."""
         tasks, n = ("train16", 10) if self.name == "smoke" else ("train256", 20)
         data = replace(self.data, dataset="glyphs", tasks=tasks, patch=4, val_per_class=n)
         return replace(self, data=data, val_images=5)
