@@ -672,7 +672,7 @@ def image_features(
     """Features (n, K) float32 of images (n, H, W, C) in [0, 1], C 1 or 3: the network's last state, pooled.
 
     Grey images get three equal channels; all are resized to size × size pixels and normalised as the network was
-    trained, `block` of them at once, by a thread a core (on a GPU by one): the same numbers on any number of cores.
+    trained, `block` of them at once, by a thread a core, eight at most (on a GPU by one): the same numbers on any number of cores.
     `weights`, `sha256` and `trust` are those of `read_weights`, for a ResNet. A line of progress is shown where it
     takes more than five seconds.
 
@@ -702,7 +702,7 @@ def image_features(
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
         return encode(((x - mean) / std).contiguous(memory_format=torch.channels_last)).cpu()
 
-    threads = cpu_count() if device == "cpu" else 1
+    threads = min(cpu_count(), 8) if device == "cpu" else 1  # each holds the network's states of a block
     with (
         ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         tqdm(total=len(images), unit="image", desc="features of images", mininterval=5, delay=5) as bar,
