@@ -672,9 +672,9 @@ def image_features(
     """Features (n, K) float32 of images (n, H, W, C) in [0, 1], C 1 or 3: the network's last state, pooled.
 
     Grey images get three equal channels; all are resized to size × size pixels and normalised as the network was
-    trained, `block` of them at once, by a thread a core, eight at most (on a GPU by one): the same numbers on any number of cores.
-    `weights`, `sha256` and `trust` are those of `read_weights`, for a ResNet. A line of progress is shown where it
-    takes more than five seconds.
+    trained, `block` of them at once, by a thread a core, eight at most (on a GPU by one): the same numbers on any
+    number of cores. `weights`, `sha256` and `trust` are those of `read_weights`, for a ResNet. A line of progress is
+    shown where it takes more than five seconds.
 
     Small images need fewer pixels than the network was trained with: the nearest class mean (300 images) names 0.77 of
     Fashion-MNIST images at 224 pixels and at 96, which take a tenth of the time; 0.73 at 64, and 0.66 from raw pixels.
