@@ -321,7 +321,8 @@ class Profile:
     @property
     def short(self) -> Profile:
         """The same with three tenths of the steps, for comparisons of many arms: all of them shortened alike."""
-        return replace(self, source_steps=3 * self.source_steps // 10, joint_steps=3 * self.joint_steps // 10)
+        source, joint = (max(1, 3 * n // 10) for n in (self.source_steps, self.joint_steps))
+        return replace(self, source_steps=source, joint_steps=joint)
 
     @property
     def long(self) -> Profile:
@@ -334,9 +335,10 @@ _SMOKE = Profile(  # no evidence: it shows that everything runs
     "smoke",
     DataConfig("digits", vocab_size=32, patch=2, val_per_class=20),
     d_source=32,
+    n_layers=1,
     sizes=(8, 16, 24),
-    source_steps=6,
-    joint_steps=4,
+    source_steps=8,
+    joint_steps=2,
     images_per_task=2,
     seeds=(0, 1),
     trials=2,

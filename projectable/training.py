@@ -243,7 +243,6 @@ def train(
     config: RunConfig,
     checkpoint: Path | None = None,
     report: Callable[[int, int, float], None] | None = None,
-    stop_after: int | None = None,
     stop: Callable[[], bool] | None = None,
     team: Team | None = None,
 ) -> Outcome:
@@ -251,9 +250,8 @@ def train(
 
     The history has one row an evaluation and member: step, member, split (train, val), loss in nats per token.
     `checkpoint` is written every `config.checkpoint_every` steps and resumed from if it is there; `report(step,
-    steps, loss)` is called every step; `stop_after` ends early with a checkpoint, as an interruption would; `stop()` is
-    asked after every step, and where it says yes a checkpoint is written and KeyboardInterrupt raised. Of a `team` only
-    the first process writes and reports.
+    steps, loss)` is called every step; `stop()` is asked after every step but the last, and where it says yes a
+    checkpoint is written and KeyboardInterrupt raised. Of a `team` only the first process writes and reports.
 
     Raises DivergedError where loss, gradient or weights are not finite, before anything of it is saved; DamagedFile
     where the checkpoint is damaged or another run's; ValueError where there is nothing to choose the best step by, a
@@ -337,10 +335,8 @@ def train(
             best.see(mean, step, model)
             if config.patience and best.bad >= config.patience:
                 break
-        if step == stop_after or step % config.checkpoint_every == 0 and step < config.steps:
+        if step % config.checkpoint_every == 0 and step < config.steps:
             save()
-        if step == stop_after:
-            return Outcome(history, best.step, time.perf_counter() - began)
         if stop is not None and step < config.steps and team.sum(torch.tensor(float(stop()))) > 0:
             save()
             raise KeyboardInterrupt

@@ -14,7 +14,9 @@ import torch
 
 from projectable import experiment
 from projectable.config import DataConfig, RunConfig
+from projectable.storage import load_tensors
 from projectable.tasks import images, make_tasks
+from projectable.training import train
 from projectable.transformer import Shape
 
 sys.modules.setdefault("rfc3987_syntax", None)  # of jsonschema: a grammar of IRIs that takes a second to import
@@ -142,6 +144,14 @@ def tiny_projectable(start: RunConfig | None = None, **changes) -> RunConfig:
     return tiny(
         **dict(model="projectable", start=start or tiny_source(), source_lr=1e-3, lr=(2e-3,), options=options) | changes
     )
+
+
+def train_until(step, model, data, config, checkpoint):
+    """Train up to that step, as Ctrl-C ends it; what the checkpoint says, and the model as it is then."""
+    seen: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data, config, checkpoint, lambda now, *_: seen.append(now), stop=lambda: seen[-1:] == [step])
+    return load_tensors(checkpoint)[1], model
 
 
 @pytest.fixture(scope="session")

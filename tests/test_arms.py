@@ -118,7 +118,7 @@ def test_an_arm_may_be_given_more_options(study):
 
 
 def test_sweeps_of_several_studies_share_their_rounds(study, monkeypatch):
-    study.loss = lambda config, member: bowl(config.lr[0], {2: 0.08, 3: 0.32}[config.n_layers])
+    study.loss = lambda config, member: bowl(config.lr[0], {PROFILE.n_layers: 0.08, 3: 0.32}[config.n_layers])
     deeper, rounds, run_many = Study(replace(PROFILE, n_layers=3)), [], arms.run_many
     monkeypatch.setattr(
         arms, "run_many", lambda configs, words, **how: rounds.append(len(configs)) or run_many(configs, words)

@@ -89,6 +89,15 @@ def test_a_finished_model_is_loaded_without_what_it_started_from(source, other_r
     assert not any(folder_of(config.start).exists() for config in configs)
 
 
+@pytest.mark.parametrize("copies, images", [(1, 20), (13, 9), (129, 1)])
+def test_of_many_tasks_fewer_images_choose_the_start_of_maps(digits, copies, images):
+    names = tuple(f"{name}, {i}" for i in range(copies) for name in digits.task_names)
+    many = replace(digits, task_names=names, tokens={split: xs * copies for split, xs in digits.tokens.items()})
+    tokens = experiment._typical(many)
+    assert tokens.shape == (10 * copies, images, 16)
+    assert all(torch.equal(mine, digits.tokens["train"][i][:images]) for i, mine in enumerate(tokens[-10:]))
+
+
 def test_weights_of_another_run_are_refused(other_runs):
     one, two = run(tiny(steps=2)), run(tiny(steps=2, seed=1))
     shutil.copy(two.folder / "model.safetensors", one.folder)
@@ -502,6 +511,9 @@ def test_operations_by_hand(source):
     assert operations(tiny(model="hypernetwork")) == 3 * shape.n_operations() * tokens + 3 * 40 * 10 * making
     big = tiny().shape(16)
     assert operations(tiny_source()) == 3 * big.n_operations() * tokens
+    for kind in ("distilled", "distilled_specialists"):  # the teacher answers, and learns nothing
+        taught = tiny(model=kind, start=tiny_source())
+        assert operations(taught) == operations(tiny()) + big.n_operations() * tokens + operations(tiny_source())
     maps = 8 * (128 + 256 + 2048 + 48)  # numbers in z; stream, heads, neurons, gains and shifts of a task
     reads, writes = 8 * 16 * (48 + 64 + 32 + 32 + 16), 8 * 16 * (16 + 64)  # Pᵀ W, head and embeddings; W P
     generating = maps + reads + writes + 4 * 8 * 16 * 8 + 2 * 8 * 64 * 32  # … and heads and neurons

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, tiny
+from conftest import DIGITS, tiny, train_until
 
 from projectable import experiment
 from projectable.__main__ import find_run
@@ -25,7 +25,6 @@ from projectable.export import ModelError, export
 from projectable.export import load as load_model
 from projectable.storage import DamagedFile, WriteError, load_tensors, locked, root, save_tensors, write_json
 from projectable.tasks import images
-from projectable.training import train
 
 
 def forked(work) -> int:
@@ -190,7 +189,7 @@ def whole(universal, digits, tmp_path_factory):
     universal.test_losses()
     shutil.copytree(runs_dir(), folder / "runs", ignore=lambda _, names: [n for n in names if n.endswith(".lock")])
     export(universal, 8, 3, folder / "model")
-    train(experiment.build(tiny(seed=1), digits), digits, tiny(seed=1), folder / "checkpoint", stop_after=10)
+    train_until(10, experiment.build(tiny(seed=1), digits), digits, tiny(seed=1), folder / "checkpoint")
     return folder
 
 
@@ -200,8 +199,8 @@ def state_of(model) -> list:
 
 def resumed(path: Path, digits) -> list:
     model = experiment.untrained(tiny(seed=1), digits, None)
-    outcome = train(model, digits, tiny(seed=1), path, stop_after=11)
-    return [outcome.history, *state_of(model)]
+    about, model = train_until(11, model, digits, tiny(seed=1), path)
+    return [about["history"], *state_of(model)]
 
 
 def tokens_of(data) -> list:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny, tiny_projectable, tiny_source
+from conftest import tiny, tiny_projectable, tiny_source, train_until
 
 from projectable import experiment, training
 from projectable.config import RunConfig
@@ -108,7 +108,7 @@ def test_a_run_that_was_cut_off_goes_on(other_runs, digits):
     whole = experiment.build(config, digits).to("cuda")
     expected = train(whole, digits, config)
     cut, path = experiment.build(config, digits).to("cuda"), other_runs / "checkpoint.safetensors"
-    train(cut, digits, config, path, stop_after=7)
+    train_until(7, cut, digits, config, path)
     assert load_tensors(path)[1]["step"] == 7
     fresh = experiment.build(config, digits).to("cuda")
     assert values(train(fresh, digits, config, path)) == pytest.approx(values(expected), abs=1e-3)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomise, tiny
+from conftest import randomise, tiny, train_until
 
 from projectable import experiment
 from projectable.arms import MASKED, Study
@@ -145,13 +145,15 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_resumed_it_ends_bitwise_as_unbroken(config, digits, tmp_path):
-    def trained(checkpoint, stop_after=None):
+    def trained(checkpoint):
         model = experiment.build(config, digits)
         torch.manual_seed(99 if checkpoint.exists() else config.seed)
-        return model, experiment.train(model, digits, config, checkpoint, stop_after=stop_after)
+        return model, experiment.train(model, digits, config, checkpoint)
 
     whole, outcome = trained(tmp_path / "a")
-    trained(tmp_path / "b", stop_after=17)
+    begun = experiment.build(config, digits)
+    torch.manual_seed(config.seed)
+    train_until(17, begun, digits, config, tmp_path / "b")
     resumed, again = trained(tmp_path / "b")
     assert again.history == outcome.history
     assert all(torch.equal(w, resumed.state_dict()[name]) for name, w in whole.state_dict().items())

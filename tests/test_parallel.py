@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import DIGITS, keep_data, tiny, tiny_projectable, tiny_source
+from conftest import DIGITS, keep_data, tiny, tiny_projectable, tiny_source, train_until
 from test_kernels import there, within
 from torch import distributed
 
@@ -39,7 +39,7 @@ def test_two_processes_under_torchrun_train_what_one_does(other_runs, tmp_path, 
     keep_data()
     data, folder = data_for(DIGITS), folder_of(config)
     begun = experiment.untrained(config, data, one[0].model())
-    train(begun, data, config, folder / "checkpoint.safetensors", stop_after=8)
+    train_until(8, begun, data, config, folder / "checkpoint.safetensors")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(asdict(config)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

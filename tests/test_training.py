@@ -13,7 +13,7 @@ from threading import Event, Thread
 import pytest
 import safetensors.torch
 import torch
-from conftest import tiny, tiny_projectable
+from conftest import tiny, tiny_projectable, train_until
 
 from projectable import experiment
 from projectable.storage import DamagedFile, load_tensors
@@ -190,20 +190,12 @@ def test_a_resumed_run_ends_bitwise_where_an_unbroken_one_does(digits, source, t
     config, checkpoint = ARMS[arm](), tmp_path / "checkpoint.safetensors"
     unbroken, expected = trained(config, digits)
     for stop in (1, 17, 25):
-        _, partial = trained(config, digits, checkpoint=checkpoint, stop_after=stop)
-        assert checkpoint.exists() and len(partial.history) < len(expected.history)
+        about, _ = train_until(stop, experiment.build(config, digits), digits, config, checkpoint)
+        assert about["step"] == stop and len(about["history"]) < len(expected.history)
         torch.rand(3)  # whatever else happens in between
     resumed, outcome = trained(config, digits, checkpoint=checkpoint)
     assert same(resumed, unbroken)
     assert outcome.history == expected.history and outcome.best_step == expected.best_step
-
-
-def test_resuming_a_finished_run_changes_nothing(digits, tmp_path):
-    config, checkpoint = tiny(), tmp_path / "checkpoint.safetensors"
-    first, expected = trained(config, digits, checkpoint=checkpoint, stop_after=40)
-    again, outcome = trained(config, digits, checkpoint=checkpoint)
-    assert outcome.history == expected.history
-    assert same(again, trained(config, digits)[0])
 
 
 def test_seconds_leave_interruptions_out(digits, tmp_path, monkeypatch):
@@ -216,10 +208,10 @@ def test_seconds_leave_interruptions_out(digits, tmp_path, monkeypatch):
         return now
 
     monkeypatch.setattr("projectable.training.time.perf_counter", clock)
-    _, partial = trained(tiny(), digits, checkpoint=checkpoint, stop_after=20)
+    about, _ = train_until(20, experiment.build(tiny(), digits), digits, tiny(), checkpoint)
     now += 1000
     _, outcome = trained(tiny(), digits, checkpoint=checkpoint)
-    assert 0 < partial.seconds < outcome.seconds < 1000
+    assert 0 < about["seconds"] < outcome.seconds < 1000
 
 
 def killed(config, while_saving: bool) -> None:
@@ -267,7 +259,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_bitwise_the_same(digits, source, 
 
 def test_the_checkpoint_of_another_run_is_refused(digits, tmp_path):
     checkpoint = tmp_path / "checkpoint.safetensors"
-    trained(tiny(), digits, checkpoint=checkpoint, stop_after=10)
+    train_until(10, experiment.build(tiny(), digits), digits, tiny(), checkpoint)
     with pytest.raises(DamagedFile, match=re.escape(f"{checkpoint} is the checkpoint of another run: delete it")):
         trained(tiny(seed=1), digits, checkpoint=checkpoint)
 
@@ -385,8 +377,9 @@ def test_bfloat16_is_refused_where_it_does_not_pay(digits, monkeypatch):
 def test_precisions_are_timed_before_the_first_step_only(digits, tmp_path, monkeypatch):
     timed, checkpoint = [], tmp_path / "checkpoint.safetensors"
     monkeypatch.setattr("projectable.training.check_precision", lambda *given: timed.append(given[-1]))
-    for stop in (10, None):
-        trained(tiny(precision="bfloat16", steps=20), digits, checkpoint=checkpoint, stop_after=stop)
+    config = tiny(precision="bfloat16", steps=20)
+    train_until(10, experiment.build(config, digits), digits, config, checkpoint)
+    trained(config, digits, checkpoint=checkpoint)
     assert timed == ["bfloat16"], "a resumed run is not refused because the machine is busy"
 
 
