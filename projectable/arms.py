@@ -235,6 +235,7 @@ MASKED = {name: ARMS[name] for name in ("source", "source_control", "projected",
 class Compared:
     """Arms whose learning rates are swept, and that are run over seeds: those of a `Study`, or of `Scarce` images."""
 
+    arms: Collection[str]  # those that can be asked for
     about = ""  # of its progress
     factor = FACTOR
 
@@ -244,10 +245,6 @@ class Compared:
         self._swept: dict[str, pd.DataFrame] = {}
         self._about_rows: dict[str, int] = {}  # what every row of a table of trials says, too
         self._refused: set[tuple[str, int, float]] = set()  # arm, size and rate at which a seed diverged
-
-    def names(self) -> Collection[str]:
-        """The names of the arms that can be asked for."""
-        raise NotImplementedError
 
     def sizes_of(self, name: str) -> tuple[int, ...]:
         """The sizes of an arm's models."""
@@ -371,6 +368,8 @@ class Study(Compared):
     `MIDDLES`, as that of `maps` is. Raises ValueError for one that is not there, and for options of an unknown arm.
     """
 
+    arms: dict[str, Arm]
+
     def __init__(
         self,
         profile: Profile,
@@ -459,9 +458,6 @@ class Study(Compared):
         return round(models[0].steps * left / sum(map(operations, models)))
 
     # ------------------------------------------------------------------------------------- sweeps and seeds
-
-    def names(self) -> Collection[str]:
-        return self.arms
 
     def sizes_of(self, name: str) -> tuple[int, ...]:
         if self.arms[name].model == "source":
@@ -678,7 +674,7 @@ class Scarce(Compared):
     most `profile.val_images` of them).
     """
 
-    factor = 3.0
+    factor, arms = 3.0, FEW_IMAGES
 
     def __init__(self, study: Study, tasks: str, n: int, steps: int):
         super().__init__(study.profile)
@@ -693,9 +689,6 @@ class Scarce(Compared):
         rates = self.study.rates(name)
         one = self.study.arms[name].model != "projectable"
         return self.study.config(name, {size: rates[size]} if one else rates, seed)
-
-    def names(self) -> Collection[str]:
-        return FEW_IMAGES
 
     def sizes_of(self, name: str) -> tuple[int, ...]:
         base = self.study.arms.get(FEW_IMAGES[name].base)
@@ -777,7 +770,7 @@ def _found(losses: dict[int, float], most: int, whose: str) -> tuple[int, bool, 
 
 def _check_names(wanted: Sequence[tuple[Compared, Iterable[str]]], *more: str) -> None:
     for study, names in wanted:
-        allowed = [*study.names(), *(more if isinstance(study, Study) else ())]
+        allowed = [*study.arms, *(more if isinstance(study, Study) else ())]
         for name in names:
             if name not in allowed:
                 raise ValueError(f"unknown arm {name!r}; allowed: {', '.join(allowed)}")

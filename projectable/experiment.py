@@ -33,6 +33,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from . import tasks
 from .config import OF_OTHER_DATA, DataConfig, RunConfig
@@ -153,6 +154,7 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
                     name=data.name, task_names=data.task_names, licence=data.licence, families=data.families
                 )
                 about |= dict(patch=book.patch, height=book.height, width=book.width)
+                about |= dict(alphabet=isinstance(book, text.Alphabet))
                 if isinstance(book, text.Captioned):
                     about |= dict(middle=book.middle.tolist())
                 save_tensors(path, tensors | {"codes": torch.from_numpy(book.codes)}, about)
@@ -160,7 +162,7 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
     names = tuple(about["task_names"])
     tokens = {s: [tensors[f"{s}.{t}"] for t in range(len(names))] for s in tasks.SPLITS}
     codes = tensors["codes"].numpy()
-    if config.dataset == "text":
+    if about["alphabet"]:
         book = cast(Codebook, text.Alphabet.from_codes(codes, about["width"]))
     else:
         book = Codebook(codes, about["patch"], about["height"], about["width"])
@@ -244,7 +246,7 @@ def _made(config: RunConfig, data: TaskData, start: Model | None) -> Model:
     for maker in (part for part in model.modules() if isinstance(part, Generator)):  # of one's own, perhaps
         try:
             with torch.no_grad():
-                maps = maker(torch.zeros(2, z_dim))
+                maps = maker(torch.ones(2, z_dim))
             found = tuple(maps.shape)
         except Exception as error:
             why = str(error) or type(error).__name__
@@ -314,7 +316,8 @@ def _told(config: RunConfig, data: TaskData, start: SupportUniversal) -> Model:
 def _distilled(
     config: RunConfig, data: TaskData, start: Universal, conditioning: str = "additive", share: float = 0.5
 ) -> Model:
-    return Distilled(config.shape(data.codebook.length, *config.sizes), data.n_tasks, start, conditioning, share)
+    shape = config.shape(data.codebook.length, *config.sizes)
+    return Distilled(start, shape, data.n_tasks, conditioning, share=share)
 
 
 def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Model:
@@ -333,7 +336,7 @@ def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Mode
 
 
 def _distilled_specialists(config: RunConfig, data: TaskData, start: Universal, share: float = 0.5) -> Model:
-    return DistilledSpecialists(config.shape(data.codebook.length, *config.sizes), data.n_tasks, start, share)
+    return DistilledSpecialists(start, config.shape(data.codebook.length, *config.sizes), data.n_tasks, share=share)
 
 
 def _typical(data: TaskData) -> torch.Tensor:
@@ -434,11 +437,12 @@ def operations(config: RunConfig) -> float:
     """
     data = data_for(config.data)
     length = data.codebook.length
-    widths = list(config.sizes)
     options, model = dict(config.options), config.model.removeprefix("masked_")
+    n_layers = cast(int, options.get("n_layers") or config.n_layers)
+    sizes = [(width, n_layers) for width in config.sizes]
     if model == "source" or model == "projectable" and options.get("source_mode", "trained") in KEEPS_OBJECTIVE:
-        widths.append(config.d_source)
-    shapes = [replace(config.shape(length, width), vocab_size=config.data.vocab_size) for width in widths]
+        sizes.append((config.d_source, config.n_layers))
+    shapes = [replace(config.shape(length, d), n_layers=n, vocab_size=config.data.vocab_size) for d, n in sizes]
     per_token = 3.0 * sum(shape.n_operations() for shape in shapes)
     if config.model in TAUGHT:
         per_token += config.shape(length).n_operations()
@@ -769,8 +773,6 @@ def run_many(
     are among the finished ones. Raises the first error, after the others have been saved; ValueError for an unknown
     executor and, before anything is trained, for options that a model or a family does not take.
     """
-    from tqdm import tqdm
-
     executor = os.environ.get("PROJECTABLE_EXECUTOR", "") if executor is None else executor
     runs = [Run(c, folder_of(c)) for c in configs]
     todo = {r.folder: r.config for r in runs if not r.is_done(test) and not (diverging and r.has_diverged)}

@@ -180,11 +180,12 @@ def export(
             raise ModelError(f"{folder} holds more than an exported model: it is left alone")
         if names and _described(folder).get("format") != FORMAT:
             raise ModelError(f"{folder} holds no exported model (by its config.json): it is left alone")
-    if run.config.data.dataset in ("text", "captioned_fashion", "captioned_digits"):
-        raise ValueError(f"{run.folder.name} models text; allowed: runs on images")
     if run.config.model.startswith("masked_"):
         raise ValueError(f"{run.folder.name} fills in masked tokens; allowed: models that sample token by token")
-    data, model = data_for(run.config.data), run.model()
+    data = data_for(run.config.data)
+    if not isinstance(data.codebook, Codebook):
+        raise ValueError(f"{run.folder.name} models text; allowed: runs on images")
+    model = run.model()
     task_id, member = data.task_id(task), _member(run, model.members, width)
     weights = model.weights(member, torch.tensor([task_id]))
     n_layers, d_model = weights["qkv"].shape[-3:-1]

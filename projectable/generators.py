@@ -116,9 +116,7 @@ class Features(Conditioning):
 
     def __init__(self, n_tasks: int, z_dim: int, vectors: Tensor):
         super().__init__(n_tasks, z_dim)
-        vectors = (
-            torch.tensor(vectors, dtype=torch.float32) if not isinstance(vectors, Tensor) else vectors.float().clone()
-        )
+        vectors = torch.as_tensor(vectors, dtype=torch.float32).clone()
         if vectors.dim() != 2 or len(vectors) != n_tasks or not vectors.isfinite().all():
             raise ValueError(
                 f"vectors of shape {tuple(vectors.shape)}; allowed: one of finite numbers a task, ({n_tasks}, F)"

@@ -229,7 +229,8 @@ class Hypernetwork(Model):
         w = {name: maker(z) for name, maker in self.makers.items()}  # (T, L or 1, m, n)
         w = {name: x if name in ("qkv", "out", "up", "down") else x.squeeze(1) for name, x in w.items()}
         gain, shift = w.pop("modulation").chunk(2, dim=1)  # each (T, 2L+1, d)
-        return modulated(w, 1 + gain, shift, self.shape.n_layers)
+        w = modulated(w, 1 + gain, shift, self.shape.n_layers)
+        return {name: x.squeeze(0) if len(x) < len(z) else x for name, x in w.items()}  # of families that ask for no z
 
     def rate_factor(self, name: str) -> float:
         """As in projections: what is added to W learns slower, gains and shifts faster."""
@@ -318,9 +319,8 @@ class HardMixture(Specialists):
 class _Taught(Model):
     """Also learns to answer as the source does: half cross-entropy, half KL to the teacher."""
 
-    share: float
-
-    def _learn_from(self, teacher: Universal, share: float) -> None:
+    def __init__(self, teacher: Universal, *own, share: float = 0.5):
+        super().__init__(*own)
         self.__dict__["teacher"] = teacher.requires_grad_(False)  # no submodule: it is neither trained nor saved here
         self.share = share
 
@@ -343,19 +343,9 @@ class _Taught(Model):
 class Distilled(_Taught, Universal):
     """A universal model that also learns from a source, the `teacher`."""
 
-    def __init__(
-        self, shape: Shape, n_tasks: int, teacher: Universal, conditioning: str = "additive", share: float = 0.5
-    ):
-        super().__init__(shape, n_tasks, conditioning)
-        self._learn_from(teacher, share)
-
 
 class DistilledSpecialists(_Taught, Specialists):
     """Specialists from scratch that also learn from a source, the `teacher`."""
-
-    def __init__(self, shape: Shape, n_tasks: int, teacher: Universal, share: float = 0.5):
-        super().__init__(shape, n_tasks)
-        self._learn_from(teacher, share)
 
 
 # ----------------------------------------------------------------------------------------------------------- projection
@@ -617,10 +607,8 @@ class Projectable(Model):
         self.conditioning, self.projections = nn.ModuleDict(), nn.ModuleDict()
         weights = {k: w.detach() for k, w in source.weights("source", torch.arange(len(tokens))).items()}
         for size in sizes:
-            small, bases = (
-                small_shape(self.shape, size, n_layers),
-                base_maps(weights, tokens, self.shape, size, p0, seed),
-            )
+            small = small_shape(self.shape, size, n_layers)
+            bases = base_maps(weights, tokens, self.shape, size, p0, seed)
             self.conditioning[f"d{size}"] = make_conditioning(conditioning, n_tasks, z_dim, **(told or {}))
             self.projections[f"d{size}"] = Projection(self.shape, small, bases, z_dim, family, layout, **options)
 

@@ -407,7 +407,7 @@ def build_index(profile: str) -> None:
     profiles = []
     if is_reference(profile) and (reports_dir("gpu") / "index.html").exists():
         profiles.append(("Parts of it with a larger source and more images, on a GPU", "gpu/index.html"))
-    elif profile != "laptop" and (reports.parent / "index.html").exists():
+    elif reports == root() / "reports" / profile and (reports.parent / "index.html").exists():
         profiles.append(("The reference run, of profile laptop", "../index.html"))
     findings = reports / "findings.md"  # of the reference: words that somebody wrote about it, and tables of its claims
     if findings.exists():

@@ -214,7 +214,7 @@ def fingerprint(things: Iterable[Any], words: Iterable[str] = (), given: Iterabl
     """
     asked = (tuple(things), frozenset(words), frozenset(given))
     if asked in _known:  # and no entry was registered anew since, nor has what code from outside refers to changed
-        found, chosen, named, outside = _known[asked]
+        found, chosen, named, outside, _ = _known[asked]
         same = all(_entries(registry, named) == entries for registry, entries in chosen)
         if same and all(_state(thing) == state for thing, state in outside):
             return found
@@ -223,11 +223,11 @@ def fingerprint(things: Iterable[Any], words: Iterable[str] = (), given: Iterabl
     found = hashlib.sha256("\n".join([*sorted(code), *versions]).encode()).hexdigest()
     chosen = [(registry, _entries(registry, named)) for registry in registries]
     outside = [(t, _state(t)) for t in things if str(_bare(t).__module__).partition(".")[0] != PACKAGE]
-    _known[asked] = found, chosen, named, outside
+    _known[asked] = found, chosen, named, outside, things  # which live on: no other gets the id of one
     return found
 
 
-_known: dict[tuple, tuple[str, list[tuple[dict, dict]], set[str], list[tuple[Any, list]]]] = {}
+_known: dict[tuple, tuple[str, list[tuple[dict, dict]], set[str], list[tuple[Any, list]], set]] = {}
 
 
 def code_behind(

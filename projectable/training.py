@@ -167,7 +167,7 @@ def split_losses(
     sums = {member: torch.zeros(data.n_tasks, dtype=torch.float64) for member in model.members}
     counts = torch.zeros(data.n_tasks, dtype=torch.float64)
     device = next(model.parameters()).device
-    per_task = per_task or max(len(t) for t in data.tokens[split])
+    per_task = per_task or max(1, *(len(t) for t in data.tokens[split]))
     at_once = max(20, 400 // min(block, per_task))  # tasks
     mine = range(data.n_tasks)[team.share(data.n_tasks)]
     for first in range(0, len(mine), at_once):

@@ -331,9 +331,7 @@ def _losses(h: Tensor, head: Tensor, bias: Tensor | None, tokens: Tensor) -> Ten
         targets = tokens.reshape(tokens.shape[0], -1)
         if bias is not None:  # one more row, which reads a one
             h, head = F.pad(h, (0, 1), value=1.0), torch.cat([head, bias.unsqueeze(1)], dim=1)
-        if head.dim() == 3:
-            return _HeadLoss.apply(h, head, targets)
-        return _HeadLoss.apply(h, head.unsqueeze(0).expand(len(h), -1, -1), targets)
+        return _HeadLoss.apply(h, head.expand(len(h), -1, -1), targets)
     logits = linear(h, head, bias)
     nll = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
     return nll.view(tokens.shape[0], -1).mean(1)

@@ -131,6 +131,12 @@ def test_training_the_specialist_leaves_the_universal_model_alone(shape, tokens)
     assert all(torch.equal(before[name], w) for name, w in model.state_dict().items())
 
 
+@pytest.mark.parametrize("family", ["Static", "StaticMaps", "Slice"])
+def test_of_a_family_without_z_a_hypernetwork_is_one_model_for_all_tasks(shape, tokens, family):
+    losses = Hypernetwork(shape, T, family=family).losses(torch.arange(T), tokens[:1].expand(T, -1, -1))["d16"]
+    assert losses.shape == (T,) and torch.equal(losses, losses[:1].expand(T))
+
+
 def test_a_hypernetwork_makes_the_small_weights_itself(shape, tokens):
     torch.manual_seed(0)
     model, ids = Hypernetwork(shape, T, z_dim=3), torch.arange(T)
@@ -195,8 +201,8 @@ def pupil(shape, request):
     torch.manual_seed(1)
     teacher = randomise(Universal(shape, T, "additive", member="source"))
     if request.param == "specialists":
-        return DistilledSpecialists(shape, T, teacher)
-    return Distilled(shape, T, teacher, "film")
+        return DistilledSpecialists(teacher, shape, T)
+    return Distilled(teacher, shape, T, "film")
 
 
 def test_distillation_is_half_the_data_half_the_teacher(pupil, tokens):
@@ -224,7 +230,7 @@ def test_a_pupil_as_able_as_its_teacher_nears_it(shape, tokens):
     """With the data's share at zero, distillation ends at the teacher's own answers."""
     torch.manual_seed(0)
     teacher = Universal(shape, T, "none", member="source")
-    pupil = Distilled(shape, T, teacher, "none", share=1.0)
+    pupil = Distilled(teacher, shape, T, "none", share=1.0)
     optimizer = make_optimizer(pupil, {"d16": 1e-2}, 0.0)
     gaps = []
     for _ in range(30):

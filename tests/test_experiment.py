@@ -335,6 +335,15 @@ def test_a_family_of_a_notebook_counts_with_all_that_it_was_made_of(notebook, ce
     assert keys[: len(cells)] == keys[len(cells) :] and len(set(keys)) == len(cells), "a cell run again changes nothing"
 
 
+def test_a_family_registered_anew_counts_though_nothing_else_holds_the_one_before(monkeypatch):
+    folders = set()
+    for rank in range(1, 5):  # of which the next, where it may, takes the place in memory
+        monkeypatch.setitem(generators.FAMILIES, "Fresh", partial(generators.LowRank, rank=rank))
+        folders.add(of_family())
+        monkeypatch.undo()
+    assert len(folders) == 4
+
+
 def test_what_others_wrap_around_a_method_does_not_count(notebook):
     """As torch does with the steps of an optimiser, when the first one is made."""
     notebook("class Fresh(Linear):\n  @torch.no_grad()\n  def f(self): pass\n  g = nn.Module.train", "Fresh")
@@ -501,6 +510,13 @@ def test_words_about_the_code_and_code_of_others_do_not_count(before, edit):
         ("@family\nclass Slice(Generator)", new),
     ]
     assert edit(*(word for change in changes for word in change)) == before
+
+
+def test_operations_of_fewer_layers_than_the_source_has(monkeypatch):
+    monkeypatch.setattr(experiment, "_generation", lambda *about: 0)
+    two, one = (tiny_projectable(tiny_source(n_layers=2), n_layers=2, options=o) for o in ({}, {"n_layers": 1}))
+    layer = tiny(n_layers=2).shape(16, 8).n_operations() - tiny().shape(16, 8).n_operations()
+    assert operations(two) - operations(one) == 3 * layer * 40 * 10 * 4 * 16
 
 
 def test_operations_by_hand(source):
@@ -970,6 +986,16 @@ def test_a_family_that_gives_other_maps_is_named_before_its_source_is_trained(ot
     with pytest.raises(ValueError, match=said):
         run(config)
     assert not is_done(config.start)
+
+
+class Unit(generators.Linear):
+    def forward(self, z):
+        return super().forward(z / z.norm(dim=-1, keepdim=True))
+
+
+def test_a_family_that_divides_by_the_length_of_a_task_vector_is_none_of_these(digits, source, monkeypatch):
+    monkeypatch.setitem(generators.FAMILIES, "Unit", Unit)
+    assert experiment.build(tiny_projectable(source.config, options={"family": "Unit"}), digits)
 
 
 def test_a_conditioning_that_needs_what_nobody_tells_is_named(digits, source, monkeypatch):

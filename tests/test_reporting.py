@@ -752,6 +752,16 @@ def test_pages_of_ones_own_lead_to_the_reference_where_they_are_alone(project, m
     )
 
 
+def test_another_page_beside_ones_own_reports_is_not_taken_for_the_reference(project, monkeypatch):
+    write_notebook(project, "00_a", parameters="profile = 'laptop'")
+    for folder, leads in (("site/mine", False), ("reports/smoke", True)):
+        monkeypatch.setenv("PROJECTABLE_REPORTS", "" if leads else str(project / folder))
+        reporting.reports_dir("smoke").mkdir(parents=True)
+        (project / folder).with_name("index.html").write_text("of somebody")
+        reporting.build_index("smoke")
+        assert ('href="../index.html"' in (project / folder / "index.html").read_text()) == leads
+
+
 def test_the_time_left_follows_the_pace_of_what_ran_just_now():
     def left(usual, *done):
         statuses = [reporting.Status("n", "t", "laptop", seconds=seconds, trained=trained) for seconds, trained in done]

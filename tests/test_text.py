@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from projectable import tasks
 from projectable.config import DataConfig, get_profile
 from projectable.evaluation import bits_per_pixel
 from projectable.experiment import _data_for, data_for
@@ -31,6 +32,13 @@ def made():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "KINDS", {kind: text.KINDS[kind] for kind in ("language reference", "type stubs")})
         return make_tasks("text", "kinds", vocab_size=60, val_per_class=10)
+
+
+def test_text_of_ones_own_comes_back_from_the_disk_as_text(made, other_runs, monkeypatch):
+    monkeypatch.setitem(tasks.MAKERS, "mine", lambda *about: made)
+    data = data_for(DataConfig("mine", "kinds", vocab_size=60, val_per_class=10))
+    tokens = made.tokens["test"][0][:2].numpy()
+    assert isinstance(data.codebook, Alphabet) and data.codebook.decode(tokens) == made.codebook.decode(tokens)
 
 
 # ------------------------------------------------------------------------------------------------------- characters

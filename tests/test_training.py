@@ -88,6 +88,11 @@ def test_losses_of_a_split_are_means_over_all_its_images(digits, universal, bloc
     torch.testing.assert_close(few.float(), expected)
 
 
+def test_of_a_split_without_images_there_is_no_loss(digits, universal):
+    bare = replace(digits, tokens=digits.tokens | {"val": [x[:0] for x in digits.tokens["val"]]})
+    assert split_losses(universal.model(), bare, "val")["d8"].isnan().all()
+
+
 def test_a_graph_is_captured_once_and_for_one_shape(digits, universal, monkeypatch):
     """What a CPU can say of it: the rest is in `test_gpu.py`."""
     captured, model, ids = [], universal.model(), torch.arange(10)

@@ -34,7 +34,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..storage import in_words, locked
 
@@ -426,8 +428,6 @@ def _path(dataset: str) -> Path:
 
 def _size_of(path: str) -> tuple[int, int]:
     """Height and width as the image is to be seen, from its head."""
-    from PIL import Image
-
     with Image.open(path, formats=FORMATS) as image:
         turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: a quarter turn
         return image.size if turned else image.size[::-1]
@@ -435,8 +435,6 @@ def _size_of(path: str) -> tuple[int, int]:
 
 def _read_image(path: str, height: int, width: int) -> np.ndarray:
     """An image file → (height, width, 3), uint8: upright, on white where transparent, cut in the middle, resized."""
-    from PIL import Image, ImageOps
-
     with Image.open(path, formats=FORMATS) as image:
         image.draft(None, (4 * max(height, width),) * 2)  # a JPEG far too large is decoded at a part of its size
         image = ImageOps.exif_transpose(image)
@@ -460,8 +458,6 @@ def read_folder(path: str | Path, patch: int = 4) -> tuple[Folder, dict[str, tup
     the middle and resized to 32×32 (or the next smaller size that `patch` divides). Files that can't be read are
     left out and listed. Raises DataError, naming the folder, where it does not hold images of two classes or more.
     """
-    from tqdm import tqdm
-
     path = Path(path)
     files = _image_files(path)
     classes = tuple(next(iter(files.values())) if "all" in files else files["train"])
@@ -682,7 +678,6 @@ def image_features(
     Raises ValueError for images or a network that cannot be, FeaturesError where the network cannot be had.
     """
     from joblib import cpu_count
-    from tqdm import tqdm
 
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
