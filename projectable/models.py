@@ -321,6 +321,8 @@ class _Taught(Model):
 
     def __init__(self, teacher: Universal, *own, share: float = 0.5):
         super().__init__(*own)
+        if "source" not in teacher.members:
+            raise ValueError(f"a teacher that is {', '.join(teacher.members)}; allowed: one that has a source")
         self.__dict__["teacher"] = teacher.requires_grad_(False)  # no submodule: it is neither trained nor saved here
         self.share = share
 
