@@ -321,8 +321,10 @@ class _Taught(Model):
 
     def __init__(self, teacher: Universal, *own, share: float = 0.5):
         super().__init__(*own)
-        if "source" not in teacher.members:
-            raise ValueError(f"a teacher that is {', '.join(teacher.members)}; allowed: one that has a source")
+        if not isinstance(teacher, Universal) and "source" not in teacher.members:
+            raise ValueError(
+                f"a teacher that is {type(teacher).__name__}; allowed: a universal model, as the source is"
+            )
         self.__dict__["teacher"] = teacher.requires_grad_(False)  # no submodule: it is neither trained nor saved here
         self.share = share
 

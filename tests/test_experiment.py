@@ -954,7 +954,7 @@ def test_models_that_cannot_be_built(digits, changes, message):
 
 def test_a_teacher_without_a_source_is_named_before_it_is_trained(other_runs):
     adapted = tiny(model="adapted", start=tiny_projectable(), steps=2)
-    with pytest.raises(ValueError, match="a teacher that is d8; allowed: one that has a source"):
+    with pytest.raises(ValueError, match="a teacher that is Adapted; allowed: a universal model, as the source is"):
         run(tiny(model="distilled_specialists", start=adapted, steps=2))
     assert not list(other_runs.glob("*/result.json"))
 
