@@ -59,7 +59,9 @@ def reproduce(
     if parameters and not os.environ.get("PROJECTABLE_REPORTS"):
         os.environ["PROJECTABLE_REPORTS"] = str(reporting.build_dir(profile) / "own_report")
     given = dict(parameters)
-    if given.get("folder"):  # named from where one stands; notebooks run elsewhere
+    if given.get("folder") == "":
+        raise reporting.ReportError("folder=''; allowed: a folder of class folders (without `-p folder`: the example)")
+    if "folder" in given:  # named from where one stands; notebooks run elsewhere
         given["folder"] = os.path.abspath(os.path.expanduser(given["folder"]))
     try:
         failed = reporting.reproduce(profile, only, executor or "", given)

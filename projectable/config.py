@@ -379,20 +379,19 @@ def read_config(path: str | Path, models: Collection[str]) -> RunConfig:
     """The config in a JSON file, or in a run's folder, of one of the `models`. Raises ConfigError naming file, key
     and value.
     """
-    path = Path(path)
-    if path.is_dir():  # a run's folder
+    path, again = Path(path), "`projectable train` with the config that it came from writes it again"
+    if of_run := path.is_dir():
         path /= "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; allowed: a config as JSON, as config.json in every run") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no JSON ({error})") from None
+        raise ConfigError(f"{path} is no JSON ({error})" + (f": {again}" if of_run else "")) from None
     if isinstance(found, dict) and "sha256" in found:  # a run's own: what it says has to be what was trained
         try:
             found = read_json(path)
         except DamagedFile as error:
-            again = "`projectable train` with the config that it came from writes it again"
             raise DamagedFile(f"{str(error).rpartition(': ')[0]}: {again}") from None
     if isinstance(found, dict) and "format" in found:
         others = "`projectable sample`, `evaluate` and `info` take it"

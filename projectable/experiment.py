@@ -78,7 +78,7 @@ Report = Callable[[int, int, float], None]
 
 def runs_dir() -> Path:
     """Where runs are kept: PROJECTABLE_RUNS, or runs/ beside the package."""
-    return Path(os.environ.get("PROJECTABLE_RUNS") or root() / "runs")
+    return Path(os.environ.get("PROJECTABLE_RUNS") or root() / "runs").expanduser()
 
 
 # ------------------------------------------------------------------------------------------------ what a run is

@@ -172,14 +172,7 @@ def export(
     from .experiment import content_of, data_for
 
     folder = Path(folder).resolve()
-    if folder.exists():
-        if not overwrite:
-            raise ModelError(f"{folder} exists: choose another folder, or pass overwrite (--overwrite)")
-        names = {p.name for p in folder.iterdir()} if folder.is_dir() else {""}
-        if names - FILES:
-            raise ModelError(f"{folder} holds more than an exported model: it is left alone")
-        if names and _described(folder).get("format") != FORMAT:
-            raise ModelError(f"{folder} holds no exported model (by its config.json): it is left alone")
+    _check_place(folder, overwrite)
     if run.config.model.startswith("masked_"):
         raise ValueError(f"{run.folder.name} fills in masked tokens; allowed: models that sample token by token")
     data = data_for(run.config.data)
@@ -213,7 +206,7 @@ def export(
     small = SmallTransformer(config, weights, book)
     splits = {split: data.tokens[split][task_id] for split in ("val", "test")}
     config["losses"] = {split: small.mean_loss(tokens) for split, tokens in splits.items() if len(tokens)}
-    _write(folder, config, weights, book, small if onnx else None)
+    _write(folder, config, weights, book, small if onnx else None, overwrite)
     return folder
 
 
@@ -232,7 +225,20 @@ def _member(run: Run, members: tuple[str, ...], width: str | int) -> str:
     raise ValueError(f"unknown width {width!r} of {run.folder.name}; allowed: {allowed}")
 
 
-def _write(folder: Path, config: dict, weights: Weights, book: Codebook, onnx: SmallTransformer | None) -> None:
+def _check_place(folder: Path, overwrite: bool) -> None:
+    if folder.exists():
+        if not overwrite:
+            raise ModelError(f"{folder} exists: choose another folder, or pass overwrite (--overwrite)")
+        names = {p.name for p in folder.iterdir()} if folder.is_dir() else {""}
+        if names - FILES:
+            raise ModelError(f"{folder} holds more than an exported model: it is left alone")
+        if names and _described(folder).get("format") != FORMAT:
+            raise ModelError(f"{folder} holds no exported model (by its config.json): it is left alone")
+
+
+def _write(
+    folder: Path, config: dict, weights: Weights, book: Codebook, onnx: SmallTransformer | None, overwrite: bool
+) -> None:
     """The folder under another name first; an old one is put back where that fails."""
     draft, old = (folder.with_name(f".{folder.name}.{os.getpid()}{end}") for end in ("", ".old"))
     tensors = {k: w.squeeze(0) if k in config["task_axis"] else w for k, w in weights.items()}
@@ -246,6 +252,7 @@ def _write(folder: Path, config: dict, weights: Weights, book: Codebook, onnx: S
         write_atomically(draft / "README.md", model_card(config))
         if onnx is not None:
             export_onnx(onnx, draft / "model.onnx")
+        _check_place(folder, overwrite)  # somebody may have been there meanwhile
         if folder.exists():
             folder.rename(old)
         draft.rename(folder)

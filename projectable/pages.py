@@ -78,8 +78,8 @@ def _assigned(line: ast.stmt) -> list[str]:
 
 
 def check_parameters(path: Path, parameters: dict) -> None:
-    """An error for a parameter that the notebook does not have (papermill would only warn), or that is no number, or no
-    list, where the notebook's own is one.
+    """An error for a parameter that the notebook does not have (papermill would only warn), or that is no number, whole
+    number or list where the notebook's own is one.
     """
     lines = _parameter_lines(path, read_notebook(path))
     own = {name: literal(line.value) for line in lines if isinstance(line, ast.Assign) for name in _assigned(line)}
@@ -87,7 +87,7 @@ def check_parameters(path: Path, parameters: dict) -> None:
     if unknown:
         raise ReportError(f"{path.name}: unknown parameter {', '.join(unknown)}; allowed: {', '.join(own)}")
     for name, value in parameters.items():
-        for kinds, words in (((int, float), "a number"), ((list, tuple), "a list")):
+        for kinds, words in ((int, "a whole number"), ((int, float), "a number"), ((list, tuple), "a list")):
             if isinstance(own[name], kinds) and not isinstance(value, kinds):
                 raise ReportError(f"{path.name}: {name}={value!r}; allowed: {words}, as {own[name]!r}")
 

@@ -53,7 +53,7 @@ def check_profile(profile: str) -> str:
 def reports_dir(profile: str) -> Path:
     """Where a profile's pages lie: `reports/` for laptop, `reports/<profile>/` for others, or PROJECTABLE_REPORTS."""
     usual = root() / "reports" / ("" if check_profile(profile) == "laptop" else profile)
-    return Path(os.environ.get("PROJECTABLE_REPORTS") or usual)
+    return Path(os.environ.get("PROJECTABLE_REPORTS") or usual).expanduser()
 
 
 def is_reference(profile: str) -> bool:
@@ -62,7 +62,7 @@ def is_reference(profile: str) -> bool:
 
 
 def build_dir(profile: str) -> Path:
-    """Where work files of a profile lie (executed notebooks, the lock)."""
+    """Where work files of a profile lie (executed notebooks)."""
     return root() / "build" / check_profile(profile)
 
 
@@ -517,7 +517,7 @@ def _rows(families: list[pages.Family]) -> list[str]:
 @contextlib.contextmanager
 def lock(profile: str):
     """One writer at a time for the reports of a profile; a second one gets a ReportError that says so."""
-    path = build_dir(profile) / "lock"
+    path = executed_path(Path("lock"), profile)
 
     def refuse() -> None:
         who = path.read_text().strip() or "?"

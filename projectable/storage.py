@@ -52,7 +52,7 @@ class WriteError(OSError):
 
 def root() -> Path:
     """The project's folder: PROJECTABLE_ROOT, or the folder that holds the package."""
-    return Path(os.environ.get("PROJECTABLE_ROOT") or Path(__file__).resolve().parent.parent)
+    return Path(os.environ.get("PROJECTABLE_ROOT") or Path(__file__).resolve().parent.parent).expanduser()
 
 
 def device() -> str:

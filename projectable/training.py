@@ -222,7 +222,7 @@ def _unpack(tensors: dict[str, Tensor], model: Model, optimizer, best: _Best) ->
 
 def _diverged(what: str, step: int, config: RunConfig) -> DivergedError:
     return DivergedError(
-        f"{what} at step {step} of {config.steps}; the last good checkpoint is kept. "
+        f"{what} at step {step} of {config.steps}; the last good checkpoint, if there was one, is kept. "
         f"Try lower learning rates than {config.rates()}, or a longer warm-up than {config.warmup} steps"
     )
 

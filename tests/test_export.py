@@ -179,6 +179,21 @@ def test_unknown_widths_and_tasks_are_named(trained, tmp_path):
     assert load(export(trained, "16", 3, tmp_path / "d16")).config["member"] == "d16"
 
 
+@pytest.mark.parametrize(
+    "overwrite, said", [(False, "exists: .*overwrite"), (True, "holds more than an exported model")]
+)
+def test_what_came_to_be_meanwhile_is_left_alone(trained, tmp_path, monkeypatch, overwrite, said):
+    def card(config):
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "thesis.txt").write_text("years of work")
+        return ""
+
+    monkeypatch.setattr(sys.modules["projectable.export"], "model_card", card)
+    with pytest.raises(ModelError, match=said):
+        export(trained, 8, 3, tmp_path / "model", overwrite=overwrite)
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "thesis.txt"]
+
+
 def test_a_folder_is_replaced_only_on_demand_and_only_a_model(trained, folder):
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(ModelError, match=r"threes exists: .*overwrite"):

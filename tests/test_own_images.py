@@ -211,6 +211,23 @@ def test_unusual_kinds_of_files(tmp_path, name, image, options, expected):
     np.testing.assert_allclose(parts["all"][0][0], expected, atol=2)
 
 
+def test_links_to_folders_are_followed_once(pets, tmp_path):
+    more = write_images(tmp_path / "more", names=("elsewhere",))
+    (pets / "cats" / "linked").symlink_to(more / "elsewhere")
+    (pets / "cats" / "round").symlink_to(pets / "cats")
+    assert read_folder(pets, patch=2)[0].counts == {"all": [20, 10, 10]}
+
+
+def test_a_folder_that_cannot_be_read_is_named(pets, monkeypatch):
+    def walk(folder, onerror, **how):
+        onerror(PermissionError(13, "Permission denied", f"{folder}/private"))
+        yield from ()
+
+    monkeypatch.setattr(images.os, "walk", walk)
+    with pytest.raises(DataError, match="cats/private can't be read .Permission denied.: make it readable, or take it"):
+        load_folder(pets, patch=2)
+
+
 def test_grey_values_of_no_known_range_are_listed_as_broken(pets):
     Image.fromarray(GREY.astype(np.float32) / 255).save(pets / "cats" / "float.tiff")
     found, _ = read_folder(pets)

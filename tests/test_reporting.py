@@ -227,6 +227,8 @@ def test_a_folder_is_named_from_where_the_command_is_given(project, monkeypatch,
     for named in ("pets", "~/pets"):
         CliRunner().invoke(__main__.cli, ["reproduce", "-p", "folder", named, "-p", "d_s", "8"], catch_exceptions=False)
     assert asked == [{"folder": str(tmp_path / place / "pets"), "d_s": "8"} for place in ("", "home")]
+    none = CliRunner().invoke(__main__.cli, ["reproduce", "-p", "folder", ""])
+    assert "folder=''; allowed: a folder of class folders" in str(none.exception) and len(asked) == 2
 
 
 def test_pages_load_nothing_and_run_nothing(ran):
@@ -445,8 +447,10 @@ def test_unknown_names_are_errors_that_list_the_allowed(project):
 def test_parameters_are_of_the_kind_that_a_notebook_has(project):
     path = write_notebook(project, "00_a", parameters='profile = "laptop"\nd_s = 8\nnumbers = [5, 25]\nfolder = ""')
     pages.check_parameters(path, dict(profile="smoke", d_s=16, numbers=(1,), folder="pets"))
-    with pytest.raises(ReportError, match=r"00_a.ipynb: d_s='eight'; allowed: a number, as 8"):
+    with pytest.raises(ReportError, match=r"00_a.ipynb: d_s='eight'; allowed: a whole number, as 8"):
         reporting.reproduce("laptop", parameters={"d_s": "eight"})
+    with pytest.raises(ReportError, match="d_s=8.0; allowed: a whole number, as 8"):
+        reporting.reproduce("laptop", parameters={"d_s": "8.0"})
     with pytest.raises(ReportError, match=r"numbers=5; allowed: a list, as \[5, 25\]"):
         reporting.reproduce("laptop", parameters={"numbers": "5"})
     assert not (project / "reports").exists()
@@ -782,13 +786,17 @@ def test_every_notebook_says_what_it_takes():
     assert budgets["01_data_and_tasks"] == 60 and budgets["08_direct_training"] == 60 * int(said[1])
 
 
-def test_second_reproduce_is_refused_while_the_first_runs(project):
+def test_second_reproduce_is_refused_while_the_first_runs(project, monkeypatch):
     write_notebook(project, "00_a")
     Status("00_a", "A", "smoke", "running").write()
     with reporting.lock("smoke"):
         assert reporting.read_status(reporting.notebook_paths()[0], "smoke").error == "interrupted"
         with pytest.raises(ReportError, match=r"process \d+ is writing the smoke reports"):
             reporting.reproduce("smoke")
+        with monkeypatch.context() as patch:  # whose pages lie elsewhere need not wait
+            patch.setenv("PROJECTABLE_REPORTS", str(project / "mine"))
+            with reporting.lock("smoke"), pytest.raises(ReportError, match="is writing the smoke reports"):
+                reporting.reproduce("smoke")
     with reporting.lock("smoke"):
         pass  # free again
 

@@ -111,7 +111,7 @@ def _wrong(x: np.ndarray, y: np.ndarray, n_labels: int) -> str:
 
 def data_dir() -> Path:
     """Where downloads go: PROJECTABLE_DATA, or data/ beside the package."""
-    return Path(os.environ.get("PROJECTABLE_DATA") or BESIDE)
+    return Path(os.environ.get("PROJECTABLE_DATA") or BESIDE).expanduser()
 
 
 def _fashion_folders() -> list[Path]:
@@ -345,10 +345,19 @@ def _first(names, n: int = 3) -> str:
 
 
 def _find(folder: Path) -> list[str]:
-    """The files in a folder and below, sorted; what is hidden is left out, and what is no file (a pipe)."""
-    found = []
-    for base, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """The files in a folder and below, sorted; what is hidden is left out, and what is no file (a pipe).
+
+    Links are followed, each folder once. Raises DataError for one that can't be read.
+    """
+    found, seen = [], {os.path.realpath(folder)}
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} can't be read ({error.strerror}): make it readable, or take it away")
+
+    for base, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = {name: os.path.realpath(f"{base}/{name}") for name in sorted(folders) if not name.startswith(".")}
+        folders[:] = [name for name, place in real.items() if place not in seen]
+        seen |= {*real.values()}
         found += [f"{base}/{n}" for n in names if not n.startswith(".")]
     return sorted(file for file in found if os.path.isfile(file) or os.path.islink(file))
 
