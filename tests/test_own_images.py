@@ -214,6 +214,7 @@ def test_unusual_kinds_of_files(tmp_path, name, image, options, expected):
 def test_links_to_folders_are_followed_once(pets, tmp_path):
     more = write_images(tmp_path / "more", names=("elsewhere",))
     (pets / "cats" / "linked").symlink_to(more / "elsewhere")
+    (pets / "cats" / "again").symlink_to(more / "elsewhere")
     (pets / "cats" / "round").symlink_to(pets / "cats")
     assert read_folder(pets, patch=2)[0].counts == {"all": [20, 10, 10]}
 

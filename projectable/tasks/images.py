@@ -355,9 +355,11 @@ def _find(folder: Path) -> list[str]:
         raise DataError(f"{error.filename} can't be read ({error.strerror}): make it readable, or take it away")
 
     for base, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = {name: os.path.realpath(f"{base}/{name}") for name in sorted(folders) if not name.startswith(".")}
-        folders[:] = [name for name, place in real.items() if place not in seen]
-        seen |= {*real.values()}
+        inside, folders[:] = sorted(name for name in folders if not name.startswith(".")), []
+        for name in inside:
+            if (place := os.path.realpath(f"{base}/{name}")) not in seen:
+                seen.add(place)
+                folders.append(name)
         found += [f"{base}/{n}" for n in names if not n.startswith(".")]
     return sorted(file for file in found if os.path.isfile(file) or os.path.islink(file))
 
