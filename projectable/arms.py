@@ -206,6 +206,18 @@ OTHERS = {
         words="cut from the source that projections start from, tuned, the projections' compute",
         steps="matched",
     ),
+    # … and two that also learn from it
+    "cut_taught": replace(
+        CUT["cut_start"],
+        words="cut from the source that projections start from, tuned, distilled from it",
+        model="distilled_cut",
+    ),
+    "universal_taught": replace(
+        ARMS["universal_distilled"],
+        words="best universal, distilled from the source that projections start from",
+        steps="joint",
+        start="source",
+    ),
     # of the notebook on stability: other generators over one and the same source
     "generators_anew": replace(ARMS["source_frozen"], words="projected, one frozen source", one_start=True),
     **{
@@ -365,7 +377,8 @@ class Study(Compared):
 
     `masked`: of the family that fills in masked tokens, whose arms are `MASKED`. `maps`: the form of projections in all
     arms that name no family. `options`: more of them for an arm, by its name. `middles`: of its sweeps, a name in
-    `MIDDLES`, as that of `maps` is. Raises ValueError for one that is not there, and for options of an unknown arm.
+    `MIDDLES`, as that of `maps` is. `rivals`: the study whose universal models are the ones to choose the best of, if
+    not this one. Raises ValueError for middles that are not there, and for options of an unknown arm.
     """
 
     arms: dict[str, Arm]
@@ -379,12 +392,14 @@ class Study(Compared):
         maps: Maps = MAPS,
         options: dict[str, dict] | None = None,
         middles: str = "",
+        rivals: Study | None = None,
     ):
         super().__init__(profile)
         for wanted in filter(None, (middles, maps.name)):
             if wanted not in MIDDLES:
                 raise ValueError(f"unknown middles of sweeps {wanted!r}; allowed: {', '.join(MIDDLES)}")
         self.maps, self.options, self.middles = maps, options or {}, MIDDLES.get(middles, {})
+        self.rivals = rivals
         self.data, self.sizes = replace(profile.data, tasks=tasks), sizes or profile.sizes
         self.arms, self.family = (MASKED, "masked_") if masked else (EVERY, "")
         for name in self.options:
@@ -506,6 +521,8 @@ class Study(Compared):
 
     def best_universal(self, size: int) -> str:
         """The conditioning with the lowest validation loss at that size."""
+        if self.rivals:
+            return self.rivals.best_universal(size)
         names = [name for name in UNIVERSALS if name in self.arms]
         if not self._swept.keys() >= set(names):
             self.sweep(*names)

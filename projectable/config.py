@@ -30,12 +30,13 @@ PRECISIONS = ("float32", "bfloat16")
 AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
 AT_LEAST_0 = ("warmup", "val_images", "patience")
 NO_START = ("universal", "hypernetwork", "support_universal", "hard_mixture", "masked_universal")
-ONE_SIZE = (*NO_START, "told", "distilled", "specialists", "distilled_specialists", "tuned", "cut")
+ONE_SIZE = (*NO_START, "told", "distilled", "specialists", "distilled_specialists", "tuned", "cut", "distilled_cut")
 STARTS = {  # whose start is of one kind, and of the same data and source
     "projectable": "source",
     "masked_projectable": "masked_source",
     "distilled": "source",
     "cut": "source",
+    "distilled_cut": "source",
     "tuned": "projectable",
 }
 GOES_ON = {"source": "source", "masked_source": "masked_source"}  # which may start from one of its kind, as above

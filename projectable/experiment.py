@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import tasks
-from .config import OF_OTHER_DATA, DataConfig, RunConfig
+from .config import OF_OTHER_DATA, STARTS, DataConfig, RunConfig
 from .generators import CONDITIONINGS, FAMILIES, Conditioning, Generator
 from .models import (
     KEEPS_OBJECTIVE,
@@ -320,7 +320,7 @@ def _distilled(
     return Distilled(start, shape, data.n_tasks, conditioning, share=share)
 
 
-def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Model:
+def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Specialists:
     (size,) = config.sizes
     weights = None
     if start is not None:
@@ -344,10 +344,17 @@ def _typical(data: TaskData) -> torch.Tensor:
     return data.first("train", max(1, min(20, 1280 // data.n_tasks)))
 
 
-def _cut(config: RunConfig, data: TaskData, start: Universal, p0: str = "pca") -> Model:
+def _cut(config: RunConfig, data: TaskData, start: Universal, p0: str = "pca") -> Specialists:
     tokens = _typical(data)
     whole = Projectable(start, data.n_tasks, config.sizes, tokens, family="Slice", p0=p0, seed=config.seed)
     return _specialists(config, data, whole)
+
+
+def _distilled_cut(config: RunConfig, data: TaskData, start: Universal, p0: str = "pca", share: float = 0.5) -> Model:
+    cut = _cut(config, data, start, p0)
+    (member,) = cut.members
+    weights = cut.weights(member, torch.arange(data.n_tasks))
+    return DistilledSpecialists(start, cut.shape, data.n_tasks, weights, share=share)
 
 
 def _adapted(
@@ -416,6 +423,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     "distilled_specialists": _distilled_specialists,
     "tuned": _specialists,  # specialists that start from projected models
     "cut": _cut,  # specialists that start from a source cut to their width, its maps' start left as it is
+    "distilled_cut": _distilled_cut,
     "adapted": _adapted,  # a projectable or universal model or a hypernetwork for tasks that it has not seen
     "projectable": _projectable,
     "hard_mixture": _hard_mixture,
@@ -425,7 +433,8 @@ MODELS: dict[str, Callable[..., Model]] = {
 }
 
 
-TAUGHT = {"distilled": "universal", "distilled_specialists": "specialists"}  # what they are, once trained
+# what they are, once trained
+TAUGHT = {"distilled": "universal", "distilled_specialists": "specialists", "distilled_cut": "cut"}
 
 
 def operations(config: RunConfig) -> float:
@@ -560,9 +569,9 @@ def _codes(data: TaskData) -> str:
 
 def _blank(config: RunConfig, data: TaskData) -> Model:
     """A model of that structure to load weights into: nothing is trained for it."""
-    if config.model in TAUGHT:  # only its training asked the teacher
+    if its := TAUGHT.get(config.model):  # only its training asked the teacher
         options = tuple((k, v) for k, v in config.options if k != "share")
-        config = config.with_(model=TAUGHT[config.model], options=options, start=None)
+        config = config.with_(model=its, options=options, start=config.start if its in STARTS else None)
     start = _blank(config.start, data_for(config.start.data)) if config.start is not None else None
     if config.model.endswith("projectable"):  # whose start is overwritten: the one that costs nothing
         config = config.with_(options=dict(config.options) | {"p0": "slice"})

@@ -200,6 +200,18 @@ def test_the_best_universal_model_is_chosen_by_size_on_validation_images(study):
     assert {dict(r.config.options)["conditioning"] for r in runs} == set(favour.values())
 
 
+def test_a_rival_that_learns_from_a_given_source_is_told_as_the_best_of_the_study_without_one(study):
+    study.loss = lambda config, member: (
+        bowl((*config.lr, config.source_lr)[0] or 1.0, 0.08) - (dict(config.options).get("conditioning") == "film")
+    )
+    given = Study(replace(PROFILE, source_steps=50, joint_steps=5), rivals=study)
+    assert given.best_universal(8) == "universal_film"
+    taught = given.config("universal_taught", {8: 1e-2}, 0)
+    assert dict(taught.options)["conditioning"] == "film" and (taught.steps, taught.start.steps) == (5, 50)
+    trained = {(config.model, config.steps) for config in study.asked}
+    assert ("universal", 55) not in trained, "as long as source and projections together"
+
+
 def test_seeds_of_several_studies_are_those_that_each_asks_for(study, monkeypatch):
     study.loss = lambda config, member: bowl((*config.lr, config.source_lr)[0] or 1.0, 0.02)
     few = Scarce(study, "heldout20", 5, 20)

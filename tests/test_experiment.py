@@ -71,6 +71,7 @@ def test_a_finished_model_is_loaded_without_what_it_started_from(source, other_r
         *(tiny_projectable(options={"source_mode": mode}, steps=2) for mode in ("trained", "frozen", "random_frozen")),
         tiny(model="distilled", start=tiny_source(), options=(("conditioning", "film"), ("share", 0.3)), steps=2),
         tiny(model="distilled_specialists", start=tiny_source(), options=(("share", 0.3),), steps=2),
+        tiny(model="distilled_cut", start=tiny_source(), options=(("p0", "pca"), ("share", 0.3)), steps=2),
         tiny(model="specialists", start=tiny(steps=2), steps=2),
     ]
     finished = [run(config) for config in configs]
@@ -527,7 +528,7 @@ def test_operations_by_hand(source):
     assert operations(tiny(model="hypernetwork")) == 3 * shape.n_operations() * tokens + 3 * 40 * 10 * making
     big = tiny().shape(16)
     assert operations(tiny_source()) == 3 * big.n_operations() * tokens
-    for kind in ("distilled", "distilled_specialists"):  # the teacher answers, and learns nothing
+    for kind in ("distilled", "distilled_specialists", "distilled_cut"):  # the teacher answers, and learns nothing
         taught = tiny(model=kind, start=tiny_source())
         assert operations(taught) == operations(tiny()) + big.n_operations() * tokens + operations(tiny_source())
     maps = 8 * (128 + 256 + 2048 + 48)  # numbers in z; stream, heads, neurons, gains and shifts of a task
@@ -670,6 +671,18 @@ def test_a_source_cut_to_its_own_width_is_that_source(source, digits, p0):
     if p0 == "slice":
         first = source.model().plain["qkv"][0, :8, :8] * 2**0.5  # of the queries; √(d/d_s) as in every projection
         assert torch.allclose(half.per_task["qkv"][3, 0, :, :8], first)
+
+
+def test_a_cut_that_is_distilled_begins_as_the_cut_and_learns_from_its_source(source, digits):
+    cut, taught = (build(tiny(model=model, start=tiny_source()), digits) for model in ("cut", "distilled_cut"))
+    assert taught.per_task.keys() == cut.per_task.keys()
+    assert all(torch.equal(w, cut.per_task[name]) for name, w in taught.per_task.items())
+    tokens = digits.first("train", 4)
+    ids = torch.arange(len(tokens))
+    answers = transformer.forward(source.model().weights("source", ids), tokens, 8).softmax(-1)
+    own = transformer.forward(taught.weights("d8", ids), tokens, 8).log_softmax(-1)
+    told = -(own.gather(-1, tokens[..., None])[..., 0] + (answers * own).sum(-1)).mean((1, 2)) / 2
+    assert torch.allclose(taught.losses(ids, tokens)["d8"], told, atol=1e-5)
 
 
 def test_a_start_of_another_width_is_not_trained_under_this_ones_name(digits, source):
@@ -1035,6 +1048,7 @@ def test_wrong_options_are_named_before_anything_is_trained(digits, monkeypatch)
         ("hypernetwork", {}, "z_dim, family"),
         ("distilled", of_source, "conditioning, share"),
         ("distilled_specialists", of_source, "share"),
+        ("distilled_cut", of_source, "p0, share"),
         ("hard_mixture", {}, "n_experts"),
         ("told", dict(start=tiny(model="support_universal", seed=9)), "none"),
     ):
