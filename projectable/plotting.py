@@ -246,18 +246,22 @@ def loss_against_operations(df: pd.DataFrame) -> Figure:
 
 @rc_context(STYLE)
 def loss_against_cost(df: pd.DataFrame, xlabel: str, unit: float = 1.0, own: bool = False) -> Figure:
-    """Loss against what models cost, a panel a size: means, and seeds as small points. `df`: arm, d_s, cost, loss.
+    """Loss against what models cost, a panel a size: means, joined where an arm has several costs, and seeds as small
+    points. `df`: arm, d_s, cost, loss.
 
     The axis counts in `unit`. `own`: arms have colours that no family has.
     """
     sizes, arms = sorted(df["d_s"].unique()), list(dict.fromkeys(df["arm"]))
-    places = {arm: dict(color=OWN[i % len(OWN)], marker=MARKERS[i % len(MARKERS)]) for i, arm in enumerate(arms)}
-    look = places if own else {arm: {k: its[k] for k in ("color", "marker")} for arm, its in looks(arms).items()}
+    looks_of = {
+        arm: dict(color=OWN[i % len(OWN)] if own else colour(arm), marker=MARKERS[i % len(MARKERS)])
+        for i, arm in enumerate(arms)
+    }
     fig, axes = _panels(len(sizes), sharey=False)
     for ax, size in zip(axes, sizes, strict=True):
         for arm, part in df[df["d_s"] == size].groupby("arm", sort=False):
-            ax.plot(part["cost"], part["loss"], "o", ms=3, alpha=0.6, color=look[arm]["color"])
-            ax.plot(part["cost"].mean(), part["loss"].mean(), ls="", ms=8, label=label_of(arm), **look[arm])
+            mean, look = part.groupby("cost")["loss"].mean(), looks_of[arm]
+            ax.plot(part["cost"], part["loss"], "o", ms=3, alpha=0.6, color=look["color"])
+            ax.plot(mean.index, mean.to_numpy(), ms=8, mec="white", label=label_of(arm), **look)
         ax.set_xscale("log")
         _ticks(ax, LogLocator(subs=(1, 2, 5)), lambda x, _: f"{x / unit:g}")
         ax.margins(x=0.15)
@@ -283,7 +287,7 @@ def changes(df: pd.DataFrame, xlabel: str) -> Figure:
                 ax.barh(place, gap.mean(), height=0.6, **(BETTER if gap.mean() <= 0 else WORSE))
                 ax.plot(gap, [place] * len(gap), "o", ms=4, color="#1D2430", mec="white", mew=0.6)
         ax.axvline(0, color="#1D2430", lw=1)
-        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.xaxis.set_major_locator(MaxNLocator(8 // len(sizes)))
         ax.set_yticks(range(len(names)), [label_of(name) for name in names])
         ax.set_title(f"width {size}")
     axes[0].invert_yaxis()
