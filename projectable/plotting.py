@@ -32,7 +32,7 @@ FAMILIES = {
     "hypernetwork": "#56B4E9",  # sky
     "slice": "#E69F00",  # orange: the source cut down without learning to project
     "cut": "#E69F00",
-    "mixture": "#E69F00",  # it is never beside these
+    "hard mixture": "#E69F00",  # it is never beside these
     "static": "#CC79A7",  # purple: the controls
     "control": "#CC79A7",
     "random": "#CC79A7",
