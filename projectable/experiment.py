@@ -60,6 +60,7 @@ from .storage import (
     device,
     end_with_parent,
     fingerprint,
+    keep_sources,
     load_tensors,
     locked,
     own_modules,
@@ -148,6 +149,7 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
                     data = few(data_for(replace(config, tasks=scarce[1])), int(scarce[2]), int(scarce[3] or 0))
                 else:
                     data = make_tasks(**asdict(config))
+                _check_data(data, config)
                 tensors = {f"{split}.{t}": x for split, xs in data.tokens.items() for t, x in enumerate(xs)}
                 book = data.codebook
                 about: dict[str, Any] = dict(
@@ -170,6 +172,19 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
         plain = replace(book, codes=codes[: len(codes) - len(text.LETTERS)])
         book = cast(Codebook, text.Captioned(plain, np.array(about["middle"])))
     return TaskData(about["name"], names, tokens, book, about["licence"], tuple(about["families"]))
+
+
+def _check_data(data: TaskData, config: DataConfig) -> None:
+    """Raises ValueError for data, of one's own maker perhaps, that cannot be kept or trained on."""
+    book, known = data.codebook, (Codebook, text.Alphabet, text.Captioned)
+    if type(book) not in known:
+        kinds = ", ".join(kind.__name__ for kind in known)
+        raise ValueError(f"a codebook of {data.name} that is {type(book).__name__}; allowed: {kinds}")
+    if len(book.codes) != config.vocab_size:
+        raise ValueError(f"{data.name} has {len(book.codes)} codes; allowed: vocab_size={config.vocab_size} of them")
+    for name, tokens in zip(data.task_names, data.tokens["train"], strict=True):
+        if not len(tokens):
+            raise ValueError(f"task {name!r} of {data.name} has no training images; allowed: at least one")
 
 
 def build(config: RunConfig, data: TaskData) -> Model:
@@ -206,13 +221,18 @@ def _check_options(config: RunConfig) -> None:
         kinds, words = KINDS.get(getattr(said, "__name__", str(said)).partition(" ")[0], ((), ""))
         if words and type(value) not in kinds and value is not known[option].default:
             raise ValueError(f"option {option}={value!r}; allowed: {words}")
+        for names, least, most, words in BOUNDS:
+            if option in names and not least <= cast(float, value) <= most:
+                raise ValueError(f"option {option}={value!r}; allowed: {words}")
 
 
+BOUNDS = ((("z_dim", "n_experts"), 1, math.inf, "1 or more"), (("share",), 0, 1, "0 to 1"))  # of options
 KINDS = {  # of options, as signatures say them
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
     "str": ((str,), "a string"),
     "bool": ((bool,), "true or false"),
+    "tuple": ((tuple, list), "a list"),
 }
 
 
@@ -820,7 +840,7 @@ def run_many(
         errors = [error for error in errors if not isinstance(error, BrokenProcessPool)]
         words = "a worker was killed (memory?), or a script trains outside of `if __name__ == '__main__':`"
         errors.append(BrokenProcessPool(words))
-    errors = lost + errors
+    errors = sorted(lost + errors, key=lambda error: isinstance(error, DivergedError))  # others say more
     if errors and not (diverging and all(r.is_done(test) or r.has_diverged for r in runs)):
         raise errors[0]
     return runs
@@ -876,3 +896,5 @@ def _side_by_side(order: list[RunConfig], rest: dict[Path, float], test: bool, e
 
 
 BAR = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}, {rate_fmt}"
+
+keep_sources()  # keys are about the code that is run, not about what its files hold later

@@ -381,6 +381,9 @@ def _tidy(nb):
     """The notebook without title and error cells."""
     nb.metadata.pop("widgets", None)
     nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
+    for cell in nb.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):  # a page is shown to others: of a path its end
+            cell.source = re.sub(r'"/[^"]*/([^"/]+)"', r'"…/\1"', cell.source)
     texts = [cell for cell in nb.cells if cell.cell_type == "markdown"]
     for cell in texts:
         cell.source = folded(re.sub(r"(\d) %", "\\1\u00a0%", cell.source))

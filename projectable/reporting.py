@@ -255,10 +255,16 @@ def execute(path: Path, executed: Path, parameters: dict) -> None:
     from traitlets.config import Config
 
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's warning on every start
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the kernel computes little itself: runs go side by side in workers
+    os.environ.pop("JUPYTER_PATH", None)  # the kernel is that of this very Python
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    if os.environ.get("PROJECTABLE_WORKERS") != "1":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the kernel computes little: runs go side by side in workers
     executed.parent.mkdir(parents=True, exist_ok=True)
     echo = _Echo()
-    with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
+    short = (
+        tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
+    )  # a socket's path has 104 letters at most
+    with tempfile.TemporaryDirectory(prefix="kernel-", dir=short) as sockets:
         papermill.execute_notebook(
             path,
             executed,
@@ -563,7 +569,7 @@ def reproduce(
     check_profile(profile)
     for name in PLACES:
         if place := os.environ.get(name):
-            os.environ[name] = os.path.abspath(place)  # kernels run in a folder of their own
+            os.environ[name] = os.path.abspath(os.path.expanduser(place))  # kernels run in a folder of their own
     paths = select_notebooks(only)
     given = {name: pages.literal(value) for name, value in (parameters or {}).items()}
     if "profile" in given:
@@ -591,8 +597,7 @@ def reproduce(
                 print(f"        {status.error}", flush=True)
         merge_claims(profile)
         build_index(profile)
-    if is_reference(profile):
-        write_claims()
+    _write_claims(profile)
     reports = reports_dir(profile)
     names = {path.stem for path in paths}
     for run in kept_runs([c for c in _read_json(reports / "claims.json", []) if c["notebook"] in names], reports):
@@ -662,7 +667,7 @@ def _side_by_side(paths: list[Path], profile: str, executor: str, parameters: di
 def _beside_others() -> None:
     """In a process that shares machine and terminal: one core for each notebook, and no word of its progress."""
     end_with_parent()
-    os.environ["PROJECTABLE_WORKERS"] = "1"
+    os.environ["PROJECTABLE_WORKERS"] = os.environ["OMP_NUM_THREADS"] = "1"
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # of the kernels, too
         os.dup2(nowhere, stream)
@@ -676,6 +681,11 @@ def report(profile: str) -> int:
             render(path, read_status(path, profile), [path.stem for path in executed])
         merge_claims(profile)
         build_index(profile)
-    if is_reference(profile):
-        write_claims()
+    _write_claims(profile)
     return len(executed)
+
+
+def _write_claims(profile: str) -> None:
+    """The tables of README and findings.md, where claims are the reference's, and no notebook failed: it has none."""
+    if is_reference(profile) and not any(read_status(p, profile).status == "failed" for p in notebook_paths()):
+        write_claims()

@@ -75,12 +75,11 @@ def current_commit() -> str:
     def git(*words):
         return subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True, check=True).stdout.strip()
 
-    try:
-        return git("rev-parse", "--short", "HEAD") + (
-            "+" if git("status", "--porcelain", "--", "projectable", "notebooks") else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    ours = ("--", "projectable", "notebooks")
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if git("ls-files", *ours):  # installed, the package may lie within another's repository
+            return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", *ours) else "")
+    return "unknown"
 
 
 def _touch(path: Path) -> None:
@@ -136,9 +135,11 @@ def _digest(tensors: dict[str, Tensor], about: str) -> str:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write tensors and a JSON-able description as one checksummed safetensors file, atomically. Raises WriteError."""
+    import torch
     from safetensors.torch import save_file
 
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    # copies: safetensors refuses tensors that share memory
+    tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     words = json.dumps(about, sort_keys=True)
     with draft_of(path) as draft:
         save_file(tensors, draft, {"about": words, "sha256": _digest(tensors, words)})
@@ -248,13 +249,14 @@ def code_behind(
         code, said = _read(_bare(thing)), []
         named |= {word for word, parameter in code.strings if parameter not in left_out}
         for name, value in code.references(thing):
-            if isinstance(value, dict) and any(map(_is_code, value.values())):
+            if isinstance(value, dict) and any(map(_is_code, value.values())) and not _code_in(value):
                 registries[id(value)] = value
             elif _is_code(value) and _counts(value, thing):
                 todo.append(value)
             elif said_of := in_words(value):
                 said.append(f"{name} = {said_of}")
                 todo += [type(value)] * _counts(type(value), thing)
+                todo += [part for part in _code_in(value) if _counts(part, thing)]
                 named |= {value} if isinstance(value, str) and name else set()  # a default has no name
         pieces.add("\n".join([code.text, *said]))
         for name, entry in (item for registry in registries.values() for item in _named(registry, named).items()):
@@ -286,6 +288,14 @@ def _bare(value: Any) -> Any:
 
 def _is_code(value: Any) -> bool:
     return isinstance(_bare(value), type | FunctionType)
+
+
+def _code_in(value: Any) -> list[Any]:
+    """Functions and classes in a list, tuple or set, or in a dict whose keys are no names."""
+    if isinstance(value, dict):
+        value = [] if all(isinstance(key, str) for key in value) else [*value.values()]
+    parts = value if isinstance(value, list | tuple | set | frozenset) else []
+    return [found for part in parts for found in ([part] if _is_code(part) else _code_in(part))]
 
 
 def in_words(value: Any) -> str:
@@ -323,7 +333,7 @@ def _given(thing: Any) -> Iterator[tuple[Any, Any]]:
         yield from ((base.__name__, base) for base in thing.__bases__)
         yield from ((n, v) for n, v in vars(thing).items() if not (n.startswith("__") or hasattr(v, "__get__")))
     for part in _functions(thing):
-        yield from ((0, default) for default in part.__defaults__ or ())
+        yield from ((0, default) for default in (*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()))
         for name, cell in zip(part.__code__.co_freevars, part.__closure__ or (), strict=True):
             with contextlib.suppress(ValueError):  # it holds nothing yet
                 yield name, cell.cell_contents
@@ -363,8 +373,24 @@ def _counts(value: Any, beside: Any) -> bool:
 
 
 def source_of(module: str) -> str:
-    """The source of a module that is imported."""
-    return inspect.getsource(sys.modules[module])
+    """The source of a module that is imported, as it was when this was first asked: a file may change meanwhile."""
+    loaded = sys.modules[module]
+    how = getattr(loaded, "__spec__", None)  # another one where it was loaded anew
+    found, its, source = _sources.get(module, (None, None, ""))
+    if found is not loaded or its is not how:
+        source = inspect.getsource(loaded)
+        _sources[module] = loaded, how, source
+    return source
+
+
+_sources: dict[str, tuple[ModuleType, Any, str]] = {}
+
+
+def keep_sources() -> None:
+    """Read the sources of this package's modules now, before somebody changes a file of what has been imported."""
+    for module in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
+        with contextlib.suppress(OSError, TypeError):
+            source_of(module)
 
 
 @dataclass(frozen=True)
@@ -462,11 +488,10 @@ def _definitions(source: str) -> dict[str, ast.AST]:
 def _tree_of(thing: Any) -> Any:
     with contextlib.suppress(OSError, TypeError, KeyError):
         return _definitions(source_of(thing.__module__))[thing.__qualname__]
-    with contextlib.suppress(OSError, TypeError, tokenize.TokenError):
-        source = textwrap.dedent(inspect.getsource(thing))
-        for form in (source, f"{{{source}}}", repr(source)):  # a lambda comes with its line, an entry of a dict perhaps
-            with contextlib.suppress(SyntaxError):
-                return _Bare().visit(ast.parse(form))
+    if getattr(thing, "__name__", "") == "<lambda>" and (found := _lambdas(thing)):
+        return ast.Module([_Bare().visit(ast.Expr(node)) for node in found], [])
+    with contextlib.suppress(OSError, TypeError, SyntaxError, tokenize.TokenError):
+        return _Bare().visit(ast.parse(textwrap.dedent(inspect.getsource(thing))))
     if isinstance(thing, type):  # of a notebook, which keeps the sources of functions only
         parts, name = _functions(thing), thing.__qualname__
         for part in (part for part in parts if part.__qualname__.startswith(f"{name}.")):
@@ -475,6 +500,18 @@ def _tree_of(thing: Any) -> Any:
                 return _definitions(cell)[name.replace(".<locals>", "")]
         return ast.Module([_tree_of(part) for part in parts], [])
     return ast.parse("")
+
+
+def _lambdas(thing: FunctionType) -> list[ast.Lambda]:
+    """The lambdas that begin in the line where this one does."""
+    code, source = thing.__code__, ""
+    if code.co_filename == getattr(sys.modules.get(thing.__module__), "__file__", None):
+        with contextlib.suppress(OSError, TypeError):
+            source = source_of(thing.__module__)
+    with contextlib.suppress(SyntaxError):
+        nodes = ast.walk(ast.parse(source or "".join(linecache.getlines(code.co_filename))))
+        return [node for node in nodes if isinstance(node, ast.Lambda) and node.lineno == code.co_firstlineno]
+    return []
 
 
 class _Bare(ast.NodeTransformer):

@@ -312,7 +312,8 @@ def train(
             raise _diverged(f"the loss is {value}", step + 1, config)
         optimizer.zero_grad(set_to_none=True)
         (total * team.size).backward()  # a team's gradients are averaged
-        norms = torch.stack([torch.nn.utils.clip_grad_norm_(parameters, config.clip) for parameters in groups])
+        clipped = [torch.nn.utils.clip_grad_norm_(parameters, config.clip) for parameters in groups]
+        norms = torch.stack([norm.to(device) for norm in clipped])  # of a group without gradients it lies on the CPU
         if not norms.isfinite().all():
             raise _diverged("the gradient is not finite", step + 1, config)
         optimizer.step()
@@ -507,7 +508,9 @@ class Jobs:
             raise ImportError("--executor needs submitit: pip install 'projectable[cluster]'") from None
         self.executor = submitit.AutoExecutor(folder, cluster=executor)
         parameters = dict(name="projectable", cpus_per_task=1, mem_gb=4, timeout_min=24 * 60)
-        if executor == "slurm":
+        if executor == "local":
+            parameters["gpus_per_node"] = torch.cuda.device_count()  # else submitit hides them
+        else:
             said = os.environ.get("PROJECTABLE_SLURM", "{}")
             try:
                 parameters |= json.loads(said)

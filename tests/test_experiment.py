@@ -309,6 +309,15 @@ def of_family(name: str = "Fresh") -> Path:
     return folder_of(tiny_projectable(options={"family": name}))
 
 
+STEPPED = """def f(z):
+    return {0} * z
+STEPS = {1}
+class K(Linear):
+    def forward(self, z):
+        return super().forward(STEPS[0 if isinstance(STEPS, list) else 1]{2}(z))
+K"""
+
+
 @pytest.mark.parametrize(
     "cells",
     [
@@ -322,6 +331,9 @@ def of_family(name: str = "Fresh") -> Path:
         ["partial(LowRank, rank=2)", "partial(LowRank, rank=3)", "partial(LowRank, rank=2, a='')"],
         ["partial(make_generator, 'LowRank')", "partial(make_generator, 'Linear')"],
         [f"[lambda *about, k=k: LowRank(*about, k) for k in (1, 2)][{n}]" for n in (0, 1)],
+        [f"made = [\n lambda *about: LowRank\n (*about, rank={n}),\n]\nmade[0]" for n in (1, 2)],
+        [STEPPED.format(n, "[(1, f)]", "[1]") for n in (1, 2)],
+        [STEPPED.format(n, "{1: f}", "") for n in (1, 2)],
     ],
 )
 def test_a_family_of_a_notebook_counts_with_all_that_it_was_made_of(notebook, cells):
@@ -716,6 +728,48 @@ def test_of_a_run_that_lost_a_file_the_folder_has_to_go(other_runs, name, what):
     shutil.rmtree(path.parent)  # as it says
     again = run(tiny(steps=2))
     assert again.model() and again.history
+
+
+def test_of_several_errors_the_one_is_told_that_is_no_divergence(other_runs, monkeypatch):
+    monkeypatch.setattr(experiment, "workers", lambda: 1)
+    errors = [DivergedError("the loss is nan"), OSError("the disk is on fire")]
+    monkeypatch.setattr(experiment, "_in_turn", lambda *about: list(errors))
+    for diverging in (True, False):
+        with pytest.raises(OSError, match="the disk is on fire"):
+            run_many([tiny(steps=2)], diverging=diverging)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (tiny(model="hypernetwork", options={"z_dim": 0}), "option z_dim=0; allowed: 1 or more"),
+        (tiny(model="hard_mixture", options={"n_experts": 0}), "option n_experts=0; allowed: 1 or more"),
+        (tiny(model="distilled", options={"share": 2.0}, start=tiny_source()), "option share=2.0; allowed: 0 to 1"),
+        (
+            tiny(model="distilled_cut", options={"share": math.nan}, start=tiny_source()),
+            "option share=nan; allowed: 0 to 1",
+        ),
+        (tiny_projectable(options={"encoder": "resnet50"}), "option encoder='resnet50'; allowed: a list"),
+    ],
+)
+def test_options_out_of_bounds_are_named(config, words, digits):
+    with pytest.raises(ValueError, match=words):
+        build(config, digits)
+
+
+def test_a_module_that_is_changed_while_it_is_loaded_counts_as_it_was_loaded(tmp_path, monkeypatch):
+    """Its functions' code is that of before: under another key it would be found for code that never ran."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "changed_meanwhile.py"
+    file.write_text("def f():\n    return 1\n")
+    module = importlib.import_module("changed_meanwhile")
+    before = storage.source_of(module.__name__)
+    file.write_text("def f():\n    return 2222\n")
+    assert storage.source_of(module.__name__) == before and "return 1" in before
+    importlib.reload(module)
+    assert "return 2222" in storage.source_of(module.__name__) and module.f() == 2222
+    kept = {name for name in sys.modules if name.startswith("projectable.") and name not in storage._sources}
+    assert not {"projectable.models", "projectable.training", "projectable.generators", "projectable.tasks"} & kept
 
 
 def test_runs_that_diverge_are_remembered_and_do_not_keep_others_from_training(tmp_path, monkeypatch):

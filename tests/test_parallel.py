@@ -168,6 +168,13 @@ def test_what_slurm_is_told_has_to_be_json(other_runs, monkeypatch):
         Jobs("slurm", other_runs, 1)
 
 
+def test_local_jobs_see_the_gpus(other_runs, monkeypatch):
+    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    jobs = Jobs("local", other_runs, 1)
+    assert jobs.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result(timeout=60) == "0,1"
+
+
 def test_slurm_gets_what_the_user_says(other_runs, monkeypatch):
     """As submitit would send it: no cluster is needed to see the script."""
     submitit = pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")

@@ -9,6 +9,7 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -966,3 +967,49 @@ def test_readme_shows_every_claim_with_failures_in_sight(tmp_path, monkeypatch):
     assert places[0] < text.index("Harder tests of ours**: ✓ 2 reproduced, ? 1 inconclusive, ✗ 1 not reproduced.")
     assert places[0] < places[1] < fold < places[2] < text.index("</details>"), "failures are not folded away"
     assert "old" not in text and text.startswith("# a\n") and text.endswith("<!-- /claims -->\n\nend\n")
+
+
+def test_a_notebook_that_failed_does_not_take_its_claims_from_the_readme(project, monkeypatch):
+    write_notebook(project, "00_a", "1")
+    written, states = [], iter(["ok", "failed"])
+    monkeypatch.setattr(reporting, "is_reference", lambda profile: True)
+    monkeypatch.setattr(reporting, "write_claims", lambda: written.append(1))
+    monkeypatch.setattr(reporting, "read_status", lambda path, profile: SimpleNamespace(status=next(states)))
+    reporting._write_claims("laptop")
+    assert written == [1]
+    reporting._write_claims("laptop")
+    assert written == [1]
+
+
+def test_the_kernel_is_that_of_this_python_and_takes_all_threads_where_nothing_runs_beside(project, monkeypatch):
+    import papermill
+
+    seen = []
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *about, **more: seen.append(dict(os.environ)))
+    monkeypatch.setenv("JUPYTER_PATH", "/of/another/python")
+    for name in ("OMP_NUM_THREADS", "JUPYTER_PREFER_ENV_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for workers in ("1", "2"):
+        monkeypatch.setenv("PROJECTABLE_WORKERS", workers)
+        reporting.execute(project / "a.ipynb", project / "build" / "a.ipynb", {})
+    assert all("JUPYTER_PATH" not in env and env["JUPYTER_PREFER_ENV_PATH"] == "1" for env in seen)
+    assert [env.get("OMP_NUM_THREADS") for env in seen] == [None, "1"]
+
+
+def test_places_may_begin_with_a_tilde(project, monkeypatch):
+    monkeypatch.setenv("HOME", str(project / "home"))
+    monkeypatch.setenv("PROJECTABLE_REPORTS", "~/pages")
+    monkeypatch.setattr(reporting, "_one_by_one", lambda *about: iter(()))
+    write_notebook(project, "00_a", "1")
+    reporting.reproduce("laptop")
+    assert os.environ["PROJECTABLE_REPORTS"] == str(project / "home" / "pages")
+
+
+def test_a_page_does_not_say_where_ones_own_images_lie():
+    cell = new_code_cell('folder = "/home/ann/of a client/pets"\nd_s = 8', metadata=dict(tags=["injected-parameters"]))
+    nb = new_notebook(cells=[new_markdown_cell("# A"), cell, new_code_cell('open("/home/ann/else")')])
+    status = dict(
+        notebook="00_a", seconds=1.0, profile="laptop", device="", commit="", finished="", status="ok", error=""
+    )
+    html = pages.notebook_html(nb, status, Path("."))
+    assert "client" not in html and "…/pets" in html and "/home/ann/else" in html

@@ -61,6 +61,13 @@ def test_views_and_strides_are_saved_as_they_look(tmp_path):
     assert torch.equal(found["turned"], x.T) and torch.equal(found["row"], x[1]) and torch.equal(found["grad"], x)
 
 
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    x = torch.arange(3.0)
+    save_tensors(tmp_path / "x", {"a": x, "b": x, "part": x[1:]}, {})
+    found, _ = load_tensors(tmp_path / "x")
+    assert torch.equal(found["a"], x) and torch.equal(found["b"], x) and torch.equal(found["part"], x[1:])
+
+
 def damaged(path: Path, content: bytes) -> bool:
     """Whether that content is refused; where it is not, it must mean what was saved."""
     path.write_bytes(content)
@@ -230,4 +237,12 @@ def test_the_projects_folder_can_be_set(tmp_path, monkeypatch):
     assert (root() / "projectable" / "storage.py").exists()
     monkeypatch.setenv("PROJECTABLE_ROOT", str(tmp_path))
     assert root() == tmp_path and storage.current_commit() == "unknown"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "of another project"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    assert storage.current_commit() == "unknown"
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "00_mine.ipynb").touch()
+    subprocess.run([*git, "add", "notebooks"], cwd=tmp_path, check=True)
+    assert storage.current_commit().endswith("+")
     assert os.environ["PROJECTABLE_RUNS"]  # tests never write where notebooks read

@@ -41,6 +41,30 @@ def test_text_of_ones_own_comes_back_from_the_disk_as_text(made, other_runs, mon
     assert isinstance(data.codebook, Alphabet) and data.codebook.decode(tokens) == made.codebook.decode(tokens)
 
 
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (lambda made: {}, "has 60 codes; allowed: vocab_size=50 of them"),
+        (
+            lambda made: dict(codebook=Inverted.from_codes(made.codebook.codes, made.codebook.width)),
+            "that is Inverted; allowed: Codebook, Alphabet, Captioned",
+        ),
+        (
+            lambda made: dict(tokens=made.tokens | dict(train=[made.tokens["train"][0], made.tokens["train"][1][:0]])),
+            "task 'type stubs' of .* has no training images",
+        ),
+    ],
+)
+def test_what_a_maker_of_ones_own_gives_is_looked_at(made, other_runs, monkeypatch, changes, words):
+    monkeypatch.setitem(tasks.MAKERS, "mine", lambda *about: replace(made, **changes(made)))
+    with pytest.raises(ValueError, match=words):
+        data_for(DataConfig("mine", "kinds", vocab_size=60 if changes(made) else 50, val_per_class=10))
+
+
+class Inverted(Alphabet):
+    """A codebook of one's own."""
+
+
 # ------------------------------------------------------------------------------------------------------- characters
 
 

@@ -269,7 +269,7 @@ def make_tasks(
     codebook = codebook or Codebook.fit(x[:10_000], patch, vocab_size)
     if tasks == "classes" or one_side:
         labels, names = {name: y for name, (_, y) in splits.items()}, images.label_names
-    elif tasks.startswith("clusters") and tasks[8:].isdigit():
+    elif re.fullmatch("clusters[0-9]+", tasks):
         n_tasks = int(tasks[8:])
         labels, names = cluster_labels(splits, n_tasks), tuple(f"cluster {i}" for i in range(n_tasks))
     else:
@@ -322,7 +322,7 @@ def _seen(dataset: str, patch: int, val_per_class: int) -> dict[str, tuple[np.nd
 
 
 def _featured(dataset: str, tasks: str, vocab_size: int, patch: int, val_per_class: int) -> TaskData:
-    if not (tasks.startswith("clusters") and tasks[8:].isdigit()):
+    if not (re.fullmatch("clusters[0-9]+", tasks)):
         raise ValueError(
             f"unknown tasks {tasks!r} of featured_{dataset}; allowed: clustersK with a number K (clusters64)"
         )
