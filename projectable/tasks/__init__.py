@@ -322,7 +322,7 @@ def _seen(dataset: str, patch: int, val_per_class: int) -> dict[str, tuple[np.nd
 
 
 def _featured(dataset: str, tasks: str, vocab_size: int, patch: int, val_per_class: int) -> TaskData:
-    if not (re.fullmatch("clusters[0-9]+", tasks)):
+    if not re.fullmatch("clusters[0-9]+", tasks):
         raise ValueError(
             f"unknown tasks {tasks!r} of featured_{dataset}; allowed: clustersK with a number K (clusters64)"
         )
