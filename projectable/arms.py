@@ -206,7 +206,10 @@ OTHERS = {
         words="cut from the source that projections start from, tuned, the projections' compute",
         steps="matched",
     ),
-    # … and two that also learn from it
+    # … and those that also learn from it
+    "projected_taught": replace(
+        _projected("projected, distilled from its source", max_seeds=3), model="distilled_projectable"
+    ),
     "cut_taught": replace(
         CUT["cut_start"],
         words="cut from the source that projections start from, tuned, distilled from it",
@@ -418,7 +421,7 @@ class Study(Compared):
         arm, p = self.arms[name], self.profile
         sizes = () if arm.model == "source" else tuple(sorted(rates))
         options, start = arm.options | self.options.get(name, {}), None
-        if arm.model == "projectable" and "family" not in options:
+        if arm.model.endswith("projectable") and "family" not in options:
             static = options.pop("static", "")
             options = self.maps.options | options | (dict.fromkeys(self.maps.families, static) if static else {})
         if arm.model in ("universal", "distilled") and "conditioning" not in options:  # told as the best one is
@@ -438,7 +441,7 @@ class Study(Compared):
         source_lr = 0.0
         if arm.model == "source":
             (source_lr,) = rates.values()
-        elif arm.model == "projectable" and not options.get("source_mode", "trained").endswith("frozen"):
+        elif arm.model.endswith("projectable") and not options.get("source_mode", "trained").endswith("frozen"):
             # chosen for the control, not for us
             source_lr = source_rates[1] if source_rates else self.rates("source_control")[p.d_source]
         return RunConfig(
@@ -504,7 +507,7 @@ class Study(Compared):
                     # one beginning for all, whatever an arm's rate of the source beside projections is
                     options = tuple(option for option in config.options if option[0] != "source_rate")
                     trials[name, size, k] = config.with_(options=options)
-            elif self.arms[name].model == "projectable":
+            elif self.arms[name].model.endswith("projectable"):
                 for k in sorted({k for s in sizes for k in powers[name, s]}):
                     config = self.config(name, {s: self.rate_at(name, s, k) for s in sizes}, seed)
                     trials |= {(name, s, k): config for s in sizes}
@@ -535,7 +538,7 @@ class Study(Compared):
             if name == "universal":
                 chosen = {s: self.best_universal(s) for s in self.sizes}
                 parts = [(chosen[s], {s: self.rates(chosen[s])[s]}) for s in self.sizes]
-            elif self.arms[name].model == "projectable":
+            elif self.arms[name].model.endswith("projectable"):
                 parts = [(name, self.rates(name))]
             else:
                 parts = [(name, {s: lr}) for s, lr in self.rates(name).items()]
@@ -704,7 +707,7 @@ class Scarce(Compared):
         if name == "universal":
             name = self.study.best_universal(size)
         rates = self.study.rates(name)
-        one = self.study.arms[name].model != "projectable"
+        one = not self.study.arms[name].model.endswith("projectable")
         return self.study.config(name, {size: rates[size]} if one else rates, seed)
 
     def sizes_of(self, name: str) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ ONE_SIZE = (*NO_START, "told", "distilled", "specialists", "distilled_specialist
 STARTS = {  # whose start is of one kind, and of the same data and source
     "projectable": "source",
     "masked_projectable": "masked_source",
+    "distilled_projectable": "source",
     "distilled": "source",
     "cut": "source",
     "distilled_cut": "source",

@@ -42,6 +42,7 @@ from .models import (
     KEEPS_OBJECTIVE,
     Adapted,
     Distilled,
+    DistilledProjections,
     DistilledSpecialists,
     HardMixture,
     Hypernetwork,
@@ -207,7 +208,7 @@ def _check_options(config: RunConfig) -> None:
     if config.model not in MODELS:
         return
     takes, options = _parameters(MODELS[config.model], 3), dict(config.options)  # beside config, data and start
-    if MODELS[config.model] is _projectable:  # hands options on
+    if MODELS[config.model] in (_projectable, _distilled_projectable):  # which hand options on
         takes = takes[:-1] + _parameters(Projectable, 4)[:-1] + _parameters(Projection, 5)[:-1]
         takes += _of_family(options, "family", "Linear")
     known = {p.name: p for p in takes if p.name not in ("seed", "told")}  # which the run gives
@@ -398,6 +399,11 @@ def _projectable(config: RunConfig, data: TaskData, start: Universal, encoder: t
     return Projectable(start, data.n_tasks, config.sizes, tokens, told=told, seed=config.seed, **options)
 
 
+def _distilled_projectable(config: RunConfig, data: TaskData, start: Universal, share: float = 0.5, **options) -> Model:
+    tokens = _typical(data)
+    return DistilledProjections(start, data.n_tasks, config.sizes, tokens, share=share, seed=config.seed, **options)
+
+
 def _hard_mixture(config: RunConfig, data: TaskData, start: None, n_experts: int = 4) -> Model:
     groups = group_tasks(data.first("train", 200), config.data.vocab_size, n_experts)
     return HardMixture(config.shape(data.codebook.length, *config.sizes), groups)
@@ -446,6 +452,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     "distilled_cut": _distilled_cut,
     "adapted": _adapted,  # a projectable or universal model or a hypernetwork for tasks that it has not seen
     "projectable": _projectable,
+    "distilled_projectable": _distilled_projectable,
     "hard_mixture": _hard_mixture,
     "masked_source": _source,  # of the family that fills in masked tokens: their shapes say so
     "masked_universal": _universal,
@@ -467,6 +474,9 @@ def operations(config: RunConfig) -> float:
     data = data_for(config.data)
     length = data.codebook.length
     options, model = dict(config.options), config.model.removeprefix("masked_")
+    if model == "distilled_projectable":  # the source answers in any case
+        model = "projectable"
+        options.pop("share", None)
     n_layers = cast(int, options.get("n_layers") or config.n_layers)
     sizes = [(width, n_layers) for width in config.sizes]
     if model == "source" or model == "projectable" and options.get("source_mode", "trained") in KEEPS_OBJECTIVE:

@@ -654,6 +654,33 @@ class Projectable(Model):
         return factor * generator.rate_factor(parameter)
 
 
+class DistilledProjections(Projectable):
+    """Projections whose small models also learn from the answers of their source, as it is in that step.
+
+    Half cross-entropy, half KL, as rivals that are distilled; the source learns as ever, and nothing from it.
+    """
+
+    def __init__(self, *own, share: float = 0.5, **options):
+        super().__init__(*own, **options)
+        self.share = share
+
+    def losses(self, task_ids: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        if not torch.is_grad_enabled():
+            return super().losses(task_ids, tokens)
+        found, target = {}, None
+        for member in ("source", *self.projections):
+            weights = self.weights(member, task_ids)
+            log_p = forward(weights, tokens, self.shape.d_head).log_softmax(-1)  # (T, B, N, V)
+            loss = -log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            if target is None:
+                target = log_p.detach().exp()
+            else:
+                loss = (1 - self.share) * loss - self.share * (target * log_p).sum(-1)
+            if member in self.members:
+                found[member] = loss.mean((1, 2))
+        return found
+
+
 @torch.no_grad()
 def redraw_inner_weights(source: Universal, seed: int) -> None:
     """Replace the source's inner weights by random ones of the same standard deviation, matrix by matrix."""
