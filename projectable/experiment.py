@@ -22,7 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -211,7 +211,7 @@ def _check_options(config: RunConfig) -> None:
     if MODELS[config.model] in (_projectable, _distilled_projectable):  # which hand options on
         takes = takes[:-1] + _parameters(Projectable, 4)[:-1] + _parameters(Projection, 5)[:-1]
         takes += _of_family(options, "family", "Linear")
-    known = {p.name: p for p in takes if p.name not in ("seed", "told")}  # which the run gives
+    known = {p.name: p for p in takes if p.name not in ("seed", "told", "kind")}  # which the run gives
     for option, value in options.items():
         if option not in known and any(p.kind is p.VAR_KEYWORD for p in takes):
             continue
@@ -386,22 +386,28 @@ def _adapted(
     return Adapted(start, data.n_tasks, config.sizes, data.first("train", 16), tune)
 
 
-def _projectable(config: RunConfig, data: TaskData, start: Universal, encoder: tuple = (), **options) -> Model:
+def _projectable(
+    config: RunConfig,
+    data: TaskData,
+    start: Universal,
+    encoder: tuple = (),
+    kind: Callable[..., Projectable] = Projectable,
+    **options,
+) -> Model:
     """`encoder`: of image features, name and weights file of a ResNet, and its checksum (`image_features`)."""
-    kind = CONDITIONINGS.get(options.get("conditioning", "LearnedID"))
-    needs = kind.needs if kind is not None else ()
+    conditioning = CONDITIONINGS.get(options.get("conditioning", "LearnedID"))
+    needs = conditioning.needs if conditioning is not None else ()
     if unknown := [need for need in needs if need not in TELL]:
         raise ValueError(
             f"a conditioning that needs {unknown[0]!r}; allowed: what `experiment.TELL` has, {', '.join(TELL)}"
         )
     told = {need: TELL[need](data, *encoder) for need in needs}
     tokens = _typical(data)
-    return Projectable(start, data.n_tasks, config.sizes, tokens, told=told, seed=config.seed, **options)
+    return kind(start, data.n_tasks, config.sizes, tokens, told=told, seed=config.seed, **options)
 
 
 def _distilled_projectable(config: RunConfig, data: TaskData, start: Universal, share: float = 0.5, **options) -> Model:
-    tokens = _typical(data)
-    return DistilledProjections(start, data.n_tasks, config.sizes, tokens, share=share, seed=config.seed, **options)
+    return _projectable(config, data, start, kind=partial(DistilledProjections, share=share), **options)
 
 
 def _hard_mixture(config: RunConfig, data: TaskData, start: None, n_experts: int = 4) -> Model:

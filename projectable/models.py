@@ -335,13 +335,17 @@ class _Taught(Model):
     def losses(self, task_ids: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         if not torch.is_grad_enabled():
             return super().losses(task_ids, tokens)
-        (member,) = self.members
+        (member,), d_head = self.members, self.shape.d_head
         with torch.no_grad():
-            target = forward(self.teacher.weights("source", task_ids), tokens, self.shape.d_head).softmax(-1)
-        log_p = forward(self.weights(member, task_ids), tokens, self.shape.d_head).log_softmax(-1)  # (T, B, N, V)
-        hit = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        cross = (target * log_p).sum(-1)
-        return {member: -((1 - self.share) * hit + self.share * cross).mean((1, 2))}
+            target = forward(self.teacher.weights("source", task_ids), tokens, d_head).softmax(-1)
+        return {member: taught_losses(self.weights(member, task_ids), tokens, target, self.share, d_head)}
+
+
+def taught_losses(weights: Weights, tokens: Tensor, target: Tensor, share: float, d_head: int) -> Tensor:
+    """Cross-entropy with tokens (T, B, N), and that with a teacher's `target` (T, B, N, V) in its `share`: (T,)."""
+    log_p = forward(weights, tokens, d_head).log_softmax(-1)  # (T, B, N, V)
+    hit = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return -((1 - share) * hit + share * (target * log_p).sum(-1)).mean((1, 2))
 
 
 class Distilled(_Taught, Universal):
@@ -667,18 +671,16 @@ class DistilledProjections(Projectable):
     def losses(self, task_ids: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         if not torch.is_grad_enabled():
             return super().losses(task_ids, tokens)
-        found, target = {}, None
-        for member in ("source", *self.projections):
-            weights = self.weights(member, task_ids)
-            log_p = forward(weights, tokens, self.shape.d_head).log_softmax(-1)  # (T, B, N, V)
-            loss = -log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            if target is None:
-                target = log_p.detach().exp()
-            else:
-                loss = (1 - self.share) * loss - self.share * (target * log_p).sum(-1)
-            if member in self.members:
-                found[member] = loss.mean((1, 2))
-        return found
+        source, d_head = self.weights("source", task_ids), self.shape.d_head
+        logits = forward(source, tokens, d_head)  # (T, B, N, V)
+        target = logits.detach().softmax(-1)
+        found = {
+            m: taught_losses(self.weights(m, task_ids), tokens, target, self.share, d_head) for m in self.projections
+        }
+        if "source" in self.members:
+            own = F.cross_entropy(logits.flatten(0, 2), tokens.flatten(), reduction="none").view(len(tokens), -1)
+            found["source"] = own.mean(1)
+        return {member: found[member] for member in self.members}
 
 
 @torch.no_grad()

@@ -72,6 +72,7 @@ def test_a_finished_model_is_loaded_without_what_it_started_from(source, other_r
         tiny(model="distilled", start=tiny_source(), options=(("conditioning", "film"), ("share", 0.3)), steps=2),
         tiny(model="distilled_specialists", start=tiny_source(), options=(("share", 0.3),), steps=2),
         tiny(model="distilled_cut", start=tiny_source(), options=(("p0", "pca"), ("share", 0.3)), steps=2),
+        tiny_projectable(model="distilled_projectable", options={"share": 0.3}, steps=2),
         tiny(model="specialists", start=tiny(steps=2), steps=2),
     ]
     finished = [run(config) for config in configs]
@@ -551,6 +552,8 @@ def test_operations_by_hand(source):
     assert operations(tiny_projectable(seed=3, lr=(1.0,), steps=80)) == 2 * both + operations(tiny_source())
     told = tiny_projectable(options={"conditioning": "NoID"})
     assert operations(told) == both + operations(tiny_source())  # what makes the task vectors is left out
+    taught = tiny_projectable(model="distilled_projectable", options={"share": 0.3})
+    assert operations(taught) == both + operations(tiny_source())  # the source answers in any case
     torch.manual_seed(5)
     state = torch.get_rng_state()
     experiment._generation.cache_clear()
@@ -695,6 +698,42 @@ def test_a_cut_that_is_distilled_begins_as_the_cut_and_learns_from_its_source(so
     own = transformer.forward(taught.weights("d8", ids), tokens, 8).log_softmax(-1)
     told = -(own.gather(-1, tokens[..., None])[..., 0] + (answers * own).sum(-1)).mean((1, 2)) / 2
     assert torch.allclose(taught.losses(ids, tokens)["d8"], told, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["trained", "frozen"])
+def test_projections_that_are_distilled_learn_from_their_source_as_it_is(source, digits, mode):
+    options = {"share": 0.3, "source_mode": mode}
+    plain = build(tiny_projectable(options={"source_mode": mode}), digits)
+    taught = build(tiny_projectable(model="distilled_projectable", options=options), digits)
+    assert taught.members == plain.members and taught.state_dict().keys() == plain.state_dict().keys()
+    tokens = digits.first("train", 4)
+    ids, usual = torch.arange(len(tokens)), plain.losses(torch.arange(len(tokens)), tokens)
+    answers = transformer.forward(plain.weights("source", ids), tokens, 8).softmax(-1)
+    own = transformer.forward(plain.weights("d8", ids), tokens, 8).log_softmax(-1)
+    told = 0.7 * usual["d8"] - 0.3 * (answers * own).sum(-1).mean((1, 2))
+    found = taught.losses(ids, tokens)
+    assert [*found] == [*usual] and torch.allclose(found["d8"], told, atol=1e-5)
+    if mode == "trained":
+        assert torch.allclose(found["source"], usual["source"], atol=1e-5)
+    told.sum().backward()  # the answers are no target that the source could come to meet
+    with_answers = {name: w.grad.clone() for name, w in plain.named_parameters() if w.grad is not None}
+    plain.zero_grad()
+    (
+        0.7 * plain.losses(ids, tokens)["d8"]
+        - 0.3 * (answers.detach() * own_of(plain, ids, tokens)).sum(-1).mean((1, 2))
+    ).sum().backward()
+    found["d8"].sum().backward()
+    for (name, w), (_, mine) in zip(plain.named_parameters(), taught.named_parameters(), strict=True):
+        assert (w.grad is None) == (mine.grad is None)
+        assert w.grad is None or torch.allclose(w.grad, mine.grad, atol=1e-6), name
+    if mode == "trained":
+        assert not torch.allclose(with_answers["source.plain.qkv"], plain.source.plain["qkv"].grad, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(taught.losses(ids, tokens)["d8"], plain.losses(ids, tokens)["d8"]), "judged by images alone"
+
+
+def own_of(model, ids, tokens):
+    return transformer.forward(model.weights("d8", ids), tokens, 8).log_softmax(-1)
 
 
 def test_a_start_of_another_width_is_not_trained_under_this_ones_name(digits, source):

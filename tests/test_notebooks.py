@@ -110,7 +110,7 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
         "brings.start.kept brings.start.free brings.objective.trained brings.objective.random brings.again.start.kept "
         "brings.again.start.free brings.again.objective.trained brings.again.objective.random hyper.form "
         "hyper.projected given.universal given.hypernetwork given.specialists given.cut given.random given.fades "
-        "given.universal_distilled given.cut_distilled "
+        "given.universal_distilled given.cut_distilled given.distilled given.both_distilled "
         "given.frozen given.compute.universal given.compute.hypernetwork given.compute.specialists given.compute.cut"
     ).split()
     of_two_sizes = (
