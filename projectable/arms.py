@@ -215,6 +215,9 @@ OTHERS = {
         words="cut from the source that projections start from, tuned, distilled from it",
         model="distilled_cut",
     ),
+    "hypernetwork_taught": Arm(
+        "hypernetwork, distilled from the source", "distilled_hypernetwork", start="source_control", max_seeds=3
+    ),
     "universal_taught": replace(
         ARMS["universal_distilled"],
         words="best universal, distilled from the source that projections start from",

@@ -30,12 +30,17 @@ PRECISIONS = ("float32", "bfloat16")
 AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
 AT_LEAST_0 = ("warmup", "val_images", "patience")
 NO_START = ("universal", "hypernetwork", "support_universal", "hard_mixture", "masked_universal")
-ONE_SIZE = (*NO_START, "told", "distilled", "specialists", "distilled_specialists", "tuned", "cut", "distilled_cut")
+ONE_SIZE = (
+    *NO_START,
+    *("told", "specialists", "tuned", "cut"),
+    *("distilled", "distilled_hypernetwork", "distilled_specialists", "distilled_cut"),
+)
 STARTS = {  # whose start is of one kind, and of the same data and source
     "projectable": "source",
     "masked_projectable": "masked_source",
     "distilled_projectable": "source",
     "distilled": "source",
+    "distilled_hypernetwork": "source",
     "cut": "source",
     "distilled_cut": "source",
     "tuned": "projectable",

@@ -42,6 +42,7 @@ from .models import (
     KEEPS_OBJECTIVE,
     Adapted,
     Distilled,
+    DistilledHypernetwork,
     DistilledProjections,
     DistilledSpecialists,
     HardMixture,
@@ -341,6 +342,13 @@ def _distilled(
     return Distilled(start, shape, data.n_tasks, conditioning, share=share)
 
 
+def _distilled_hypernetwork(
+    config: RunConfig, data: TaskData, start: Universal, z_dim: int = 8, family: str = "Linear", share: float = 0.5
+) -> Model:
+    shape = config.shape(data.codebook.length, *config.sizes)
+    return DistilledHypernetwork(start, shape, data.n_tasks, z_dim, family, share=share)
+
+
 def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Specialists:
     (size,) = config.sizes
     weights = None
@@ -451,6 +459,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     "support_universal": _support_universal,
     "told": _told,  # a support_universal for tasks that it has not seen
     "distilled": _distilled,
+    "distilled_hypernetwork": _distilled_hypernetwork,
     "specialists": _specialists,
     "distilled_specialists": _distilled_specialists,
     "tuned": _specialists,  # specialists that start from projected models
@@ -467,7 +476,12 @@ MODELS: dict[str, Callable[..., Model]] = {
 
 
 # what they are, once trained
-TAUGHT = {"distilled": "universal", "distilled_specialists": "specialists", "distilled_cut": "cut"}
+TAUGHT = {
+    "distilled": "universal",
+    "distilled_hypernetwork": "hypernetwork",
+    "distilled_specialists": "specialists",
+    "distilled_cut": "cut",
+}
 
 
 def operations(config: RunConfig) -> float:
@@ -498,7 +512,7 @@ def operations(config: RunConfig) -> float:
         start = cast(RunConfig, config.start).with_(model="source", source_lr=1.0, seed=0, start=None)
         alike = dict(model=model, lr=(0.0,) * len(config.sizes), source_lr=1.0, steps=1, seed=0)
         per_step += 3.0 * _generation(config.with_(**alike, options=options, start=start), n_tasks)
-    elif model == "hypernetwork":
+    elif TAUGHT.get(model, model) == "hypernetwork":
         per_step += 3.0 * _generation(config.with_(lr=(0.0,), steps=1, seed=0), n_tasks)
     return per_step * config.steps + (operations(config.start) if config.start is not None else 0.0)
 

@@ -352,6 +352,10 @@ class Distilled(_Taught, Universal):
     """A universal model that also learns from a source, the `teacher`."""
 
 
+class DistilledHypernetwork(_Taught, Hypernetwork):
+    """A hypernetwork that also learns from a source, the `teacher`."""
+
+
 class DistilledSpecialists(_Taught, Specialists):
     """Specialists from scratch that also learn from a source, the `teacher`."""
 

@@ -73,6 +73,7 @@ def test_a_finished_model_is_loaded_without_what_it_started_from(source, other_r
         tiny(model="distilled_specialists", start=tiny_source(), options=(("share", 0.3),), steps=2),
         tiny(model="distilled_cut", start=tiny_source(), options=(("p0", "pca"), ("share", 0.3)), steps=2),
         tiny_projectable(model="distilled_projectable", options={"share": 0.3}, steps=2),
+        tiny(model="distilled_hypernetwork", start=tiny_source(), options=(("z_dim", 3), ("share", 0.3)), steps=2),
         tiny(model="specialists", start=tiny(steps=2), steps=2),
     ]
     finished = [run(config) for config in configs]
@@ -552,6 +553,10 @@ def test_operations_by_hand(source):
     assert operations(tiny_projectable(seed=3, lr=(1.0,), steps=80)) == 2 * both + operations(tiny_source())
     told = tiny_projectable(options={"conditioning": "NoID"})
     assert operations(told) == both + operations(tiny_source())  # what makes the task vectors is left out
+    hyper, taught = (
+        tiny(model=f"{kind}hypernetwork", start=s) for kind, s in (("", None), ("distilled_", tiny_source()))
+    )
+    assert operations(taught) == operations(hyper) + big.n_operations() * tokens + operations(tiny_source())
     taught = tiny_projectable(model="distilled_projectable", options={"share": 0.3})
     assert operations(taught) == both + operations(tiny_source())  # the source answers in any case
     torch.manual_seed(5)
@@ -1132,6 +1137,7 @@ def test_wrong_options_are_named_before_anything_is_trained(digits, monkeypatch)
         ("universal", {}, told),
         ("source", dict(sizes=(), lr=(), source_lr=1e-2), told),
         ("hypernetwork", {}, "z_dim, family"),
+        ("distilled_hypernetwork", of_source, "z_dim, family, share"),
         ("distilled", of_source, "conditioning, share"),
         ("distilled_specialists", of_source, "share"),
         ("distilled_cut", of_source, "p0, share"),
