@@ -478,6 +478,8 @@ FIGURES = {
     r"given\.compute": "given_compute",
     r"given\.(random|fades)": "given_source",
     r"given\.kept": "",
+    r"taught\.kept": "",
+    r"taught": "taught_gaps",
     r"given": "given_gaps",
 }
 
@@ -498,10 +500,16 @@ IN_SHORT = {  # the index's first table: questions under headings, each the id o
     "… elsewhere": {
         "longer.universal": "the best universal model, four times the steps",
         "given.universal": "the best universal model, 200 steps, a trained source at hand",
+        "given.cut_distilled": "specialists that are cut from that source and distilled from it",
         "given.compute.hypernetwork": "a hypernetwork with the compute of these 200 steps",
         "scarce.glyphs.n25": "the best rival on letters of unseen scripts, 25 images each (short runs, linear maps)",
         "scarce.classes.n25": "the best rival on unseen classes, 25 images each (short runs, linear maps)",
         "text": "the best universal model on text, nats per character (short runs)",
+    },
+    "Projections that learn from their source's answers, too, against": {
+        "taught.projected": "plain ones",
+        "taught.hypernetwork": "a hypernetwork, no source behind it",
+        "taught.both": "a hypernetwork that learns from a source's answers",
     },
     "What explains it": {
         "explained.maps": "maps that depend on the task, beside gains and shifts that do",

@@ -98,7 +98,7 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
     expected = {f"headline.d{s}" for s in SMOKE.sizes} | {f"headline.specialists.d{s}" for s in SMOKE.sizes}
     expected |= {f"headline.widens.{small}_{middle}", f"headline.widens.{middle}_{large}", "source.kept"}
     expected |= {f"headline.{of}.d{s}" for of in ("distilled", "matched", "hypernetwork", "each") for s in SMOKE.sizes}
-    expected |= {"source.kept_whole", "longer.kept", "given.kept"}
+    expected |= {"source.kept_whole", "longer.kept", "given.kept", "taught.kept"}
     expected |= {f"headline.few_dims.d{small}", f"headline.clusters.d{small}"}
     expected |= {f"explained.{what}.d{s}" for what in EXPLAINED for s in SMOKE.sizes}
     by_size = (
@@ -111,7 +111,8 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
         "brings.again.start.free brings.again.objective.trained brings.again.objective.random hyper.form "
         "hyper.projected given.universal given.hypernetwork given.specialists given.cut given.random given.fades "
         "given.universal_distilled given.cut_distilled given.distilled given.both_distilled "
-        "given.frozen given.compute.universal given.compute.hypernetwork given.compute.specialists given.compute.cut"
+        "given.frozen given.compute.universal given.compute.hypernetwork given.compute.specialists given.compute.cut "
+        "taught.projected taught.hypernetwork taught.both"
     ).split()
     of_two_sizes = (
         "conditioning.shuffled conditioning.wrong conditioning.support generators.family generators.sizes "
