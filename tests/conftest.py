@@ -188,7 +188,7 @@ def fashion():
     return images.load_fashion_mnist()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser():
     """Chromium, driven by Playwright; skips where either is missing."""
     api = pytest.importorskip("playwright.sync_api", exc_type=ImportError, reason="no playwright: the extra `test`")

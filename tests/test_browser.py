@@ -30,12 +30,18 @@ SEEN = """() => {
 
 def look(browser, path: Path) -> dict:
     """Open a page on a phone, unfold it, and assert what holds for every page; then as wide as a desktop."""
-    context = browser.new_context(viewport={"width": WIDTHS["phone"], "height": 800}, is_mobile=True)
-    page, said, asked = context.new_page(), [], []
-    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("requestfailed", lambda request: said.append(f"failed: {request.url[:200]}"))
-    page.on("request", lambda request: asked.append(request.url))
+    if not browser.contexts:  # one for all pages: a new one each costs half as much again
+        browser.new_context(is_mobile=True).new_page()
+    (page,), said, asked = browser.contexts[0].pages, [], []
+    page.set_viewport_size({"width": WIDTHS["phone"], "height": 800})
+    heard = {
+        "console": lambda message: said.append(f"{message.type}: {message.text}"),
+        "pageerror": lambda error: said.append(str(error)),
+        "requestfailed": lambda request: said.append(f"failed: {request.url[:200]}"),
+        "request": lambda request: asked.append(request.url),
+    }
+    for event, hear in heard.items():
+        page.on(event, hear)
     try:
         page.goto(path.as_uri(), wait_until="load")
         seen = page.evaluate(SEEN)
@@ -47,7 +53,8 @@ def look(browser, path: Path) -> dict:
         page.set_viewport_size({"width": WIDTHS["desktop"], "height": 800})
         wide = page.evaluate(SEEN)
     finally:
-        context.close()
+        for event, hear in heard.items():
+            page.remove_listener(event, hear)
     assert said == []
     assert [url[:200] for url in asked if not url.startswith("data:")] == [path.as_uri()]
     assert seen["broken"] == [] and seen["undrawn"] == [] and seen["fractions"] == 0

@@ -166,6 +166,14 @@ def test_what_a_run_starts_from_is_told_and_not_needed(trained, other_runs):
     assert [p.name for p in other_runs.iterdir()] == [trained.folder.name], "its start was trained anew"
 
 
+def test_losses_are_those_of_the_split_that_is_asked_for(model):
+    found = {split: call("evaluate", model, "--split", split) for split in ("train", "val", "test")}
+    losses = json.loads((model / "config.json").read_text())["losses"]
+    for split in ("val", "test"):
+        assert f" {split} images: {losses[split]:.4f} nats" in found[split]
+    assert len({said.rpartition(": ")[2] for said in found.values()}) == 3
+
+
 def test_samples_follow_the_seed(model, tmp_path):
     pictures = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

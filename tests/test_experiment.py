@@ -37,9 +37,9 @@ def files(folder) -> dict:
 
 
 def test_a_run_is_trained_once(universal):
-    before, seen, began = files(universal.folder), [], time.process_time()
+    before, seen = files(universal.folder), []
     again = run(tiny(), report=lambda *step: seen.append(step))
-    assert time.process_time() - began < 0.1 and seen == []
+    assert seen == []
     assert files(universal.folder) == before and again.result == universal.result
     assert {"config.json", "history.json", "model.safetensors", "result.json"} <= before.keys()
     assert "checkpoint.safetensors" not in before
@@ -913,7 +913,8 @@ def test_images_that_are_gone_when_a_run_ends_do_not_lose_it(other_runs, tmp_pat
 
 def test_a_folder_that_jupyter_left_in_an_unfinished_run_does_not_stop_it(other_runs):
     (folder_of(tiny(steps=2)) / ".ipynb_checkpoints").mkdir(parents=True)
-    assert run(tiny(steps=2)).is_done()
+    (draft := folder_of(tiny(steps=2)) / ".model.safetensors.0123").touch()  # of a process that was killed
+    assert run(tiny(steps=2)).is_done() and not draft.exists()
 
 
 SOURCE, CLUSTERS = dict(model="source", sizes=(), lr=(), source_lr=1e-2), replace(DIGITS, tasks="clusters4")

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -162,11 +163,15 @@ def test_wrong_tokens_are_named(exported):
             model(torch.zeros(shape, dtype=torch.int64))
 
 
-def test_the_card_says_what_it_is(exported, trained):
+def test_the_card_says_what_it_is(exported, trained, monkeypatch):
     card = (exported / "README.md").read_text()
     for words in ("3 of digits/classes", "width 8, 1 layers", trained.folder.name, "CC BY 4.0", "seed 0", "1,496"):
         assert words in card
     assert f"{load(exported).config['losses']['test']:.4f} nats per token" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(exported)
+    exec(code, names := {})
+    assert names["images"].shape == (8, 8, 8, 1)
 
 
 def test_unknown_widths_and_tasks_are_named(trained, tmp_path):

@@ -190,6 +190,7 @@ def test_notebooks_as_jobs_leave_what_they_leave_in_order(project, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(os.environ, "PROJECTABLE_EXECUTOR", "")  # set by the command: not to stay
         result = CliRunner().invoke(__main__.cli, ["reproduce", "--profile", "smoke", "--executor", "local"])
+        assert os.environ["PROJECTABLE_EXECUTOR"] == "local", "what notebooks train is jobs, too"
     assert result.exit_code == 1 and "failed: 00_bad" in result.output
     assert "RuntimeError: no luck" in result.output
     reports = project / "reports" / "smoke"
