@@ -261,10 +261,8 @@ def execute(path: Path, executed: Path, parameters: dict) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the kernel computes little: runs go side by side in workers
     executed.parent.mkdir(parents=True, exist_ok=True)
     echo = _Echo()
-    short = (
-        tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
-    )  # a socket's path has 104 letters at most
-    with tempfile.TemporaryDirectory(prefix="kernel-", dir=short) as sockets:
+    place = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"  # sockets have short paths
+    with tempfile.TemporaryDirectory(prefix="kernel-", dir=place) as sockets:
         papermill.execute_notebook(
             path,
             executed,
