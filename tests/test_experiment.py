@@ -253,7 +253,7 @@ def test_keys_stay_while_runs_train_and_after(monkeypatch, before):
         ("torch.randn(n_tasks, z_dim)", "torch.zeros(n_tasks, z_dim)", PROJECTED),
         ("return x.reshape(n, rows * cols", "return -x.reshape(n, rows * cols", ALL),
         ("self.read_scale = math", "self.read_scale = 2 * math", PROJECTED),
-        ("(1 - self.share)", "(2 - self.share)", {"distilled"}),
+        ("-((1 - share) * hit", "-((2 - share) * hit", {"distilled"}),
         ("w = w.unsqueeze(0).repeat", "w = 2 * w.unsqueeze(0).repeat", SPECIALISTS),
         ("start.weights(member", "start.weights(2 * member", SPECIALISTS),
         ("w[name] = scale[:, rows]", "w[name] = 2 * scale[:, rows]", RUNS),
