@@ -8,6 +8,7 @@ import tomllib
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -26,6 +27,26 @@ def test_the_lock_file_fits_and_names_no_place():
         if one.name != project["name"]:
             assert one.specifier.contains(pins[canonicalize_name(one.name)]), f"{one}: `make lock` renews the file"
     assert not [line for line in lines if re.search(r"/|@|https?:|\+", line)]
+
+
+def test_the_top_level_holds_what_it_is_to_hold_and_no_more():
+    """A test or a command that wrote where it stood would leave something there, and a commit would take it along."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("no git checkout")
+    found = {name.partition("/")[0] for name in done.stdout.splitlines()}
+    card = {
+        "README.md",
+        "environment.yml",
+        "notebooks",
+        "projectable",
+        "reports",
+        "tests",
+        "Makefile",
+        "pyproject.toml",
+    }
+    usual = {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "requirements.lock"}
+    assert {name for name in found if not name.startswith(".")} == card | usual
 
 
 def test_the_documents_name_files_that_exist():
