@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny, tiny_projectable, tiny_source
 from test_arms import PROFILE, study  # noqa: F401
-from test_reporting import CLAIM, project, write_notebook  # noqa: F401
+from test_reporting import project, write_notebook  # noqa: F401
 
 import projectable
 from projectable import experiment, reporting, tasks, training
@@ -49,7 +49,7 @@ def test_options_arrive_in_the_model(digits, source):
     maker = built("hypernetwork", dict(z_dim=3, family="LowRank"))
     assert (maker.conditioning.z_dim, maker.family) == (3, "LowRank")
     assert len(built("hard_mixture", dict(n_experts=3)).per_task["qkv"]) == 3
-    for model in ("distilled", "distilled_specialists", "distilled_cut"):
+    for model in ("distilled", "distilled_hypernetwork", "distilled_specialists", "distilled_cut"):
         assert built(model, dict(share=0.3), start=tiny_source()).share == 0.3
     assert built("support_universal", dict(conditioning="film")).conditioning == "film"
     for model, more in (("universal", {}), ("source", dict(sizes=(), lr=(), source_lr=1e-2))):
