@@ -103,6 +103,7 @@ def _words_of(config: RunConfig) -> tuple[str, ...]:
 
 
 _versions = cache(text.versions)  # 10 ms; they do not change meanwhile
+_commit = cache(current_commit)  # nor does the code that was imported
 
 
 def content_of(config: DataConfig) -> str:
@@ -730,7 +731,7 @@ def _keep(config: RunConfig, folder: Path, model: Model, data: TaskData, outcome
         "seconds": outcome.seconds,
         "n_parameters": sum(p.numel() for p in model.parameters()),
         "device": f"{processes} × {device()}" if processes > 1 else device(),
-        "commit": current_commit(),
+        "commit": _commit(),
     }
     write_json(folder / "result.json", result)
 

@@ -11,6 +11,7 @@ import base64
 import io
 import math
 import re
+import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,7 @@ class ReportError(Exception):
 
 def read_notebook(path: Path):
     """The notebook as nbformat's object. Raises ReportError where the file is none."""
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema's grammar of IRIs: 1.5 s to import, none is checked here
     import nbformat
 
     try:

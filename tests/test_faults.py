@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, tiny, train_until
+from conftest import DIGITS, keep_data, tiny, train_until
 
 from projectable import experiment
 from projectable.__main__ import find_run
@@ -76,6 +76,7 @@ def test_killed_at_five_random_moments_a_run_ends_where_an_unbroken_one_does(uni
 @pytest.mark.slow
 def test_ctrl_c_ends_the_step_and_says_how_to_go_on(other_runs, tmp_path):
     config = tiny(steps=100_000, checkpoint_every=100_000)
+    keep_data()
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
     command = [sys.executable, "-m", "projectable", "train", str(tmp_path / "config.json")]
     env = os.environ | dict(PYTHONPATH=str(root()), OMP_NUM_THREADS="1")
