@@ -646,6 +646,7 @@ class FewArm:
 
 FEW_IMAGES = {
     "projected_vector": FewArm("projected, task vector tuned", "adapted", "projected", {8: 5e-2}, "vector"),
+    "projected_z": FewArm("projected, z alone tuned", "adapted", "projected", {8: 5e-2}, "z"),
     "projected_maps": FewArm("projected, maps tuned", "adapted", "projected", {8: 5e-2}, "maps"),
     "projected_lean": FewArm(
         "projected by lean maps (LowRank), maps tuned", "adapted", "family_LowRank", {8: 5e-2}, "maps"

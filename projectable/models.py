@@ -700,16 +700,17 @@ def redraw_inner_weights(source: Universal, seed: int) -> None:
 class Adapted(Model):
     """A trained source and its projections, told of new tasks by a few images of each.
 
-    The source is frozen. `tune` says what learns: `vector`, the new tasks' vectors and what the source is told of them
-    (its additive embedding c); `maps`, the generators as well, for all new tasks together. Vectors start where the base
-    puts them: at what its encoder makes of `support` (T, n, N), else at the mean of the tasks that it knows. Raises
-    ValueError for another `tune`, a size that the base lacks, or a source that is told of tasks in another way.
+    The source is frozen. `tune` says what learns: `z`, the new tasks' vectors; `vector`, what the source is told of
+    them (its additive embedding c), too; `maps`, the generators as well, for all new tasks together. Vectors start
+    where the base puts them: at what its encoder makes of `support` (T, n, N), else at the mean of the tasks that it
+    knows. Raises ValueError for another `tune`, a size that the base lacks, or a source that is told of tasks in
+    another way.
     """
 
     def __init__(self, base: Projectable, n_tasks: int, sizes: tuple[int, ...], support: Tensor, tune: str = "vector"):
         super().__init__()
-        if tune not in ("vector", "maps"):
-            raise ValueError(f"unknown tune {tune!r}; allowed: vector, maps")
+        if tune not in ("z", "vector", "maps"):
+            raise ValueError(f"unknown tune {tune!r}; allowed: z, vector, maps")
         if unknown := sorted({f"d{s}" for s in sizes} - set(base.members)):
             raise ValueError(f"no projections of {unknown[0]} to adapt; allowed: {', '.join(base.projections)}")
         if base.source.conditioning != "additive":
@@ -728,7 +729,7 @@ class Adapted(Model):
                     start = known(torch.arange(base.n_tasks)).mean(0, keepdim=True).expand(n_tasks, -1)
             self.vectors[member] = nn.Parameter(start.clone())
             self.told[member] = nn.Parameter(base.source.task_embedding.mean(0, keepdim=True).repeat(n_tasks, 1))
-            self.told[member].requires_grad_(base.use_task_embedding)
+            self.told[member].requires_grad_(base.use_task_embedding and tune != "z")
             for part in base.projections[member].modules():
                 part.requires_grad_(tune == "maps" and not isinstance(part, Slice))
 

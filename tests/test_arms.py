@@ -453,6 +453,8 @@ def test_projections_for_new_tasks_start_at_the_mean_and_tune_what_they_say(base
     assert new.losses(ids, support)["d8"].sum() < first
     assert torch.equal(base.projections["d8"].stream.base, before), "only vectors and what the source is told"
     assert not any(p.requires_grad for p in base.source.parameters())
+    alone = Adapted(base, 2, (8,), support, "z")
+    assert [p is alone.vectors["d8"] for p in alone.groups()["d8"]] == [True] and len(new.groups()["d8"]) == 2
 
 
 def test_maps_for_new_tasks_are_tuned_where_asked(base, digits):
@@ -461,7 +463,7 @@ def test_maps_for_new_tasks_are_tuned_where_asked(base, digits):
     assert any(p is base.projections["d8"].stream.base for p in new.groups()["d8"])
     assert new.rate_factor("vectors.d8") == 1.0
     assert new.rate_factor("base.projections.d8.stream.base") == pytest.approx(0.01)
-    with pytest.raises(ValueError, match="unknown tune 'model'; allowed: vector, maps"):
+    with pytest.raises(ValueError, match="unknown tune 'model'; allowed: z, vector, maps"):
         Adapted(base, 2, (8,), support, "model")
     with pytest.raises(ValueError, match="no projections of d16 to adapt; allowed: d8"):
         Adapted(base, 2, (16,), support)
