@@ -196,14 +196,19 @@ def gap_against_size(
 
 @rc_context(STYLE)
 def learning_curves(
-    df: pd.DataFrame, ylabel: str = "loss (nats per token)", xlabel: str = "step", ticks: Sequence[float] | None = None
+    df: pd.DataFrame,
+    ylabel: str = "loss (nats per token)",
+    xlabel: str = "step",
+    ticks: Sequence[float] | None = None,
+    sharey: bool = True,
 ) -> Figure:
     """Loss while training, mean over seeds. `df`: arm, step, loss, any of d_s (panels), seed (points).
 
     With `ticks` steps are on a log axis, which has these; 0 may be among them. Means are marked then: steps are few.
+    `sharey`: panels have one scale.
     """
     sizes = sorted(df["d_s"].unique()) if "d_s" in df else [None]
-    fig, axes = _panels(len(sizes))
+    fig, axes = _panels(len(sizes), sharey=sharey)
     for ax, size in zip(axes, sizes, strict=True):
         of_size = df if size is None else df[df["d_s"] == size]
         for arm, look in looks(dict.fromkeys(df["arm"])).items():
