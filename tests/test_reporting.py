@@ -464,7 +464,7 @@ def test_parameters_on_the_command_line_are_python_where_they_can_be():
 
 
 def test_a_claim_is_shown_by_its_own_figure(tmp_path):
-    """In the index; the first figure of its notebook where it has none."""
+    """In the index; the first figure of its notebook where none is named, none where no figure shows it."""
     colours = dict(headline="red", gaps="blue", first="green")
     for name, colour in colours.items():
         Image.new("RGB", (9, 9), colour).save(tmp_path / f"{name}.png")
@@ -474,6 +474,7 @@ def test_a_claim_is_shown_by_its_own_figure(tmp_path):
     ids = (
         "headline.d8",
         "headline.distilled.d8",
+        "headline.specialists.d8",
         "headline.clusters.d8",
         "direct.examples.d8",
         "cost.generation.d8",
