@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-FROM_EXPORT = ("load", "SmallTransformer", "export_onnx")
 ONNX_KEY, ONNX_SEAL = "projectable", b"projectable-sha256:"
 ONNX_EXTRA = "needs onnx, onnxscript and onnxruntime: pip install 'projectable[onnx]'"
 
 
 def __getattr__(name: str):
     """`projectable.load` and its kin, imported where they are first used: importing the package stays light."""
-    if name not in FROM_EXPORT:
+    if name not in ("load", "SmallTransformer", "export_onnx"):
         raise AttributeError(f"module 'projectable' has no attribute {name!r}")
     from . import export
 

@@ -202,18 +202,14 @@ OTHERS = {
     "bank_kept": _projected("random source with the source's objective", source_mode="random_kept"),
     # of the notebook on a source that is there already: a rival that starts from it, too, with the projections' compute
     "cut_start_matched": replace(
-        CUT["cut_start"],
-        words="cut from the source that projections start from, tuned, the projections' compute",
-        steps="matched",
+        CUT["cut_start"], words=f"{CUT['cut_start'].words}, the projections' compute", steps="matched"
     ),
     # … and those that also learn from it
     "projected_taught": replace(
         _projected("projected, distilled from its source", max_seeds=3), model="distilled_projectable"
     ),
     "cut_taught": replace(
-        CUT["cut_start"],
-        words="cut from the source that projections start from, tuned, distilled from it",
-        model="distilled_cut",
+        CUT["cut_start"], words=f"{CUT['cut_start'].words}, distilled from it", model="distilled_cut"
     ),
     "hypernetwork_taught": Arm(
         "hypernetwork, distilled from the source", "distilled_hypernetwork", start="source_control", max_seeds=3
@@ -366,12 +362,6 @@ class Compared:
         rates = zip(config.sizes or (config.d_source,), config.lr or (config.source_lr,), strict=True)
         return [(self, name, size, lr, config.seed) for size, lr in rates]
 
-    def _refuse(self, name: str, size: int, lr: float, seed: int) -> None:
-        """Count that rate as one that diverges."""
-        if (name, size, lr) not in self._refused:
-            print(f"{name}, width {size}: seed {seed} diverged at {lr:g}; all seeds take the best of the other rates")
-        self._refused.add((name, size, lr))
-
     def _forget(self) -> tuple[str, ...]:
         """Forget what was chosen; the arms that were swept."""
         names, self._rates, self._swept = tuple(self._swept), {}, {}
@@ -515,9 +505,8 @@ class Study(Compared):
                     config = self.config(name, {s: self.rate_at(name, s, k) for s in sizes}, seed)
                     trials |= {(name, s, k): config for s in sizes}
             else:
-                for s in sizes:
-                    rates_at = {k: {s: self.rate_at(name, s, k)} for k in powers[name, s]}
-                    trials |= {(name, s, k): self.config(name, rates, seed) for k, rates in rates_at.items()}
+                at = [(s, k) for s in sizes for k in powers[name, s]]
+                trials |= {(name, s, k): self.config(name, {s: self.rate_at(name, s, k)}, seed) for s, k in at}
         return trials
 
     def _judged_by(self, name: str, size: int) -> list[str]:
@@ -570,8 +559,10 @@ def _tested(wanted: Sequence[tuple[Compared, Iterable[str]]], max_seeds: int | N
         if not diverged:
             return runs
         blamed = [found for study, arm, config in diverged for found in study._blamed(arm, config)]
-        for whose, arm, size, lr, seed in blamed:
-            whose._refuse(arm, size, lr, seed)
+        for whose, arm, d_s, lr, seed in blamed:
+            if (arm, d_s, lr) not in whose._refused:
+                print(f"{arm}, width {d_s}: seed {seed} diverged at {lr:g}; all seeds take the best of the other rates")
+            whose._refused.add((arm, d_s, lr))
         again = dict.fromkeys([*(whose for whose, *_ in blamed), *(study for study, _ in wanted)])
         sweep_together([(study, names) for study in again if (names := study._forget())])
 
@@ -705,26 +696,21 @@ class Scarce(Compared):
         self.study, self.tasks, self.n, self.steps = study, tasks, n, steps
         self.about, self._about_rows = f"{n} images of a new task, ", dict(n=n)
 
-    def _base(self, name: str, size: int, seed: int) -> RunConfig | None:
-        if not name:
-            return None
-        if name == "universal":
-            name = self.study.best_universal(size)
-        rates = self.study.rates(name)
-        one = not self.study.arms[name].model.endswith("projectable")
-        return self.study.config(name, {size: rates[size]} if one else rates, seed)
-
     def sizes_of(self, name: str) -> tuple[int, ...]:
         base = self.study.arms.get(FEW_IMAGES[name].base)
         return (self.study.profile.d_source,) if base and base.model == "source" else self.study.sizes
 
     def config(self, name: str, size: int, lr: float, seed: int) -> RunConfig:
         """The run of an arm, a size, a learning rate and a seed."""
-        arm, p = FEW_IMAGES[name], self.study.profile
-        start = self._base(arm.base, size, seed)
+        arm, p, start = FEW_IMAGES[name], self.study.profile, None
         if arm.after:
             before = size if size in self.sizes_of(arm.after) else p.d_source
             start = self.config(arm.after, before, self.rates(arm.after)[before], seed)
+        elif arm.base:
+            base = self.study.best_universal(size) if arm.base == "universal" else arm.base
+            rates = self.study.rates(base)
+            one = not self.study.arms[base].model.endswith("projectable")
+            start = self.study.config(base, {size: rates[size]} if one else rates, seed)
         steps = self.steps if arm.lr else 1  # one at a rate of zero
         return RunConfig(
             arm.model,

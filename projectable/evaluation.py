@@ -186,13 +186,10 @@ def widening(gaps: pd.DataFrame, id: str, claim: str, unit: str = "nats per toke
     `gaps` as `paired_gaps` gives them; `claim` goes on by "from width 16 to 8", `id` by ".8_16".
     """
     by_size = gaps.pivot(index="seed", columns="d_s", values="gap")
+    statistic = f"gap at the smaller width − gap at the larger, {unit}"
     for small, large in itertools.pairwise(by_size.columns):
-        found = judge((by_size[small] - by_size[large]).dropna())
-        statistic = f"gap at the smaller width − gap at the larger, {unit}"
-        yield (
-            dict(id=f"{id}.{small}_{large}", claim=f"{claim} from width {large} to {small}", statistic=statistic)
-            | found
-        )
+        words, found = f"{claim} from width {large} to {small}", judge((by_size[small] - by_size[large]).dropna())
+        yield dict(id=f"{id}.{small}_{large}", claim=words, statistic=statistic, **found)
 
 
 def matching_width(sizes, universal, loss: float) -> float:
@@ -247,15 +244,10 @@ def losses_between(model: Projectable, member: str, data: TaskData, fractions, p
     tokens = data.first("test", per_task)
     ids = torch.arange(data.n_tasks)
     ends = torch.stack([ids, ids.roll(-1)])
-    z, rows = model.conditioning[member], []
+    (first, last), z, rows = map(model.told, ends), [*map(model.conditioning[member], ends)], []
     for fraction in fractions:
-
-        def mix(a: Tensor, b: Tensor, f=fraction) -> Tensor:
-            return (1 - f) * a + f * b
-
-        both = [model.told(end) for end in ends]
-        told = {k: mix(both[0][k], both[1][k]) for k in both[0]}
-        weights = model.projections[member](model.source.plain_weights(), told, mix(z(ends[0]), z(ends[1])))
+        told = {name: torch.lerp(w, last[name], fraction) for name, w in first.items()}
+        weights = model.projections[member](model.source.plain_weights(), told, torch.lerp(z[0], z[1], fraction))
         own, other = (task_losses(weights, tokens[end], model.shape.d_head) for end in ends)
         for t in range(data.n_tasks):
             rows.append(dict(fraction=fraction, task=data.task_names[t], own=own[t].item(), other=other[t].item()))

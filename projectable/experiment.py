@@ -267,21 +267,19 @@ def _made(config: RunConfig, data: TaskData, start: Model | None) -> Model:
     model = untrained(config, data, start)
     z_dim = next((part.z_dim for part in model.modules() if isinstance(part, Conditioning)), 0)
     for maker in (part for part in model.modules() if isinstance(part, Generator)):  # of one's own, perhaps
+        gives = f"the generator {type(maker).__name__} gives"
         try:
             with torch.no_grad():
                 maps = maker(torch.ones(2, z_dim))
             found = tuple(maps.shape)
         except Exception as error:
-            why = str(error) or type(error).__name__
-            raise ValueError(f"the generator {type(maker).__name__} gives no maps: {why}") from error
+            raise ValueError(f"{gives} no maps: {str(error) or type(error).__name__}") from error
         if found not in ((2, *maker.base.shape), (1, *maker.base.shape)):
             allowed = f"(2, S, m, n) or (1, S, m, n), as P₀ is {tuple(maker.base.shape)}"
-            raise ValueError(f"the generator {type(maker).__name__} gives maps {found} of 2 tasks; allowed: {allowed}")
+            raise ValueError(f"{gives} maps {found} of 2 tasks; allowed: {allowed}")
         if maps.dtype != maker.base.dtype or not maps.isfinite().all():
             words = f"maps of {maps.dtype}" if maps.dtype != maker.base.dtype else "maps that are not finite"
-            raise ValueError(
-                f"the generator {type(maker).__name__} gives {words}; allowed: numbers, {maker.base.dtype}"
-            )
+            raise ValueError(f"{gives} {words}; allowed: numbers, {maker.base.dtype}")
     return model
 
 
@@ -298,29 +296,21 @@ def untrained(config: RunConfig, data: TaskData, start: Model | None) -> Model:
     return MODELS[config.model](config, data, start, **dict(config.options))
 
 
-def _source(
+def _universal(
     config: RunConfig,
     data: TaskData,
     start: Universal | None,
     conditioning: str = "additive",
     zero_writes: bool = False,
 ) -> Model:
-    source = Universal(config.shape(data.codebook.length), data.n_tasks, conditioning, "source", zero_writes)
+    """Of a size; without one the source, which alone may go on from one of its kind."""
+    if start is not None and (its := start.conditioning) != conditioning:
+        raise ValueError(f"start: conditioning={its!r}, in the run itself {conditioning!r}; allowed: the same in both")
+    shape, member = config.shape(data.codebook.length, *config.sizes), None if config.sizes else "source"
+    model = Universal(shape, data.n_tasks, conditioning, member, zero_writes)
     if start is not None:
-        if start.conditioning != conditioning:
-            its = start.conditioning
-            raise ValueError(
-                f"start: conditioning={its!r}, in the run itself {conditioning!r}; allowed: the same in both"
-            )
-        source.load_state_dict(start.state_dict())
-    return source
-
-
-def _universal(
-    config: RunConfig, data: TaskData, start: None, conditioning: str = "additive", zero_writes: bool = False
-) -> Model:
-    shape = config.shape(data.codebook.length, *config.sizes)
-    return Universal(shape, data.n_tasks, conditioning, zero_writes=zero_writes)
+        model.load_state_dict(start.state_dict())
+    return model
 
 
 def _support_universal(config: RunConfig, data: TaskData, start: None, conditioning: str = "additive") -> Model:
@@ -354,12 +344,10 @@ def _specialists(config: RunConfig, data: TaskData, start: Model | None) -> Spec
     (size,) = config.sizes
     weights = None
     if start is not None:
-        member = f"d{size}"
-        if member not in start.members:
-            if start.members != ("source",) or start.shape.d_model != size:
-                allowed = ", ".join(start.members)
-                raise ValueError(f"{config.model!r} of width {size}; allowed: a width of its start: {allowed}")
-            member = "source"
+        whole = start.members == ("source",) and start.shape.d_model == size
+        if (member := "source" if whole else f"d{size}") not in start.members:
+            allowed = ", ".join(start.members)
+            raise ValueError(f"{config.model!r} of width {size}; allowed: a width of its start: {allowed}")
         with torch.no_grad():
             weights = start.weights(member, torch.arange(data.n_tasks))
     return Specialists(config.shape(data.codebook.length, size), data.n_tasks, weights)
@@ -454,7 +442,7 @@ TELL: dict[str, Callable[..., Any]] = {  # what a conditioning may need to be to
 
 
 MODELS: dict[str, Callable[..., Model]] = {
-    "source": _source,
+    "source": _universal,
     "universal": _universal,
     "hypernetwork": _hypernetwork,
     "support_universal": _support_universal,
@@ -470,7 +458,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     "projectable": _projectable,
     "distilled_projectable": _distilled_projectable,
     "hard_mixture": _hard_mixture,
-    "masked_source": _source,  # of the family that fills in masked tokens: their shapes say so
+    "masked_source": _universal,  # of the family that fills in masked tokens: their shapes say so
     "masked_universal": _universal,
     "masked_projectable": _projectable,
 }
@@ -854,23 +842,21 @@ def run_many(
         data_for(data)
     order = sorted(todo.values(), key=operations, reverse=True)  # so that the cores end together
     rest = {folder: _own_operations(c) if folder in undone else 0.0 for folder, c in todo.items()}
-    total = sum(rest.values())
     bar = tqdm(
-        total=total / 1e9,
+        total=sum(rest.values()) / 1e9,
         unit="GMAC",
         desc=f"{words}, {len(order)} run{'s' * (len(order) > 1)}",
         mininterval=5,
-        bar_format=BAR,
+        bar_format="{desc}: {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}, {rate_fmt}",
     )
     in_turn = workers() == 1 and not executor  # no worker to wait for
     with bar:
         errors = _in_turn(order, test, bar) if in_turn else _side_by_side(order, rest, test, executor, bar)
         bar.update(bar.total - bar.n)
-    if any(isinstance(error, BrokenProcessPool) for error in errors):
+    if len(others := [error for error in errors if not isinstance(error, BrokenProcessPool)]) < len(errors):
         _pool.cache_clear()  # a worker was killed: the next call starts new ones
-        errors = [error for error in errors if not isinstance(error, BrokenProcessPool)]
         words = "a worker was killed (memory?), or a script trains outside of `if __name__ == '__main__':`"
-        errors.append(BrokenProcessPool(words))
+        errors = [*others, BrokenProcessPool(words)]
     errors = sorted(lost + errors, key=lambda error: isinstance(error, DivergedError))  # others say more
     if errors and not (diverging and all(r.is_done(test) or r.has_diverged for r in runs)):
         raise errors[0]
@@ -925,7 +911,5 @@ def _side_by_side(order: list[RunConfig], rest: dict[Path, float], test: bool, e
         raise
     return errors
 
-
-BAR = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}, {rate_fmt}"
 
 keep_sources()  # keys are about the code that is run, not about what its files hold later

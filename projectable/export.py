@@ -183,6 +183,8 @@ def export(
     weights = model.weights(member, torch.tensor([task_id]))
     n_layers, d_model = weights["qkv"].shape[-3:-1]
     shape, book = replace(model.shape, d_model=d_model, n_layers=n_layers), data.codebook
+    if (dataset := run.config.data.dataset).startswith(FOLDER):  # others, to whom it may go, need not know its place
+        dataset = FOLDER + Path(dataset.removeprefix(FOLDER)).name
     config = {
         "format": FORMAT,
         "version": VERSION,
@@ -193,7 +195,7 @@ def export(
         "codebook": dict(patch=book.patch, height=book.height, width=book.width),
         "transposed": [k for k, w in weights.items() if not w.is_contiguous()],
         "task_axis": [k for k, w in weights.items() if w.dim() > PLAIN_AXES[k]],
-        "data": asdict(run.config.data) | dict(dataset=_without_path(run.config.data.dataset)),
+        "data": asdict(run.config.data) | dict(dataset=dataset),
         "data_name": data.name,
         "content": content_of(run.config.data),  # of images in a folder, wherever it lies
         "n_images": {split: len(tokens[task_id]) for split, tokens in data.tokens.items()},  # of the task
@@ -208,11 +210,6 @@ def export(
     config["losses"] = {split: small.mean_loss(tokens) for split, tokens in splits.items() if len(tokens)}
     _write(folder, config, weights, book, small if onnx else None, overwrite)
     return folder
-
-
-def _without_path(dataset: str) -> str:
-    """folder:/home/ann/pets → folder:pets: a model may go to others, whom its maker's folders do not concern."""
-    return FOLDER + Path(dataset.removeprefix(FOLDER)).name if dataset.startswith(FOLDER) else dataset
 
 
 def _member(run: Run, members: tuple[str, ...], width: str | int) -> str:

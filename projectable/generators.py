@@ -57,9 +57,6 @@ class Conditioning(nn.Module):
         self.n_tasks, self.z_dim = n_tasks, z_dim
         self.rates: dict[str, float] = {}
 
-    def forward(self, task_ids: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def rate_factor(self, name: str) -> float:
         """By how much the parameter of that name learns faster than a learned ID."""
         return self.rates.get(name, 1.0)

@@ -324,12 +324,6 @@ def _exporter():
     )
 
 
-def trained_by(claims: Sequence[dict]) -> str:
-    """`trained by commits a, b`: whose code made the runs behind these claims."""
-    commits = sorted({commit for claim in claims for commit in claim["commit"].split(", ")})
-    return f"trained by commit{'s'[: len(commits) > 1]} {', '.join(commits)}" if commits else ""
-
-
 def _css() -> str:
     """Our style sheet, with the colours of code for light and for dark screens."""
     from pygments.formatters import HtmlFormatter
@@ -415,6 +409,7 @@ def notebook_html(
 
     `folder` is where its markdown's pictures are looked up; `previous` and `next`, name and title of other pages.
     """
+    commits = sorted({commit for claim in claims for commit in claim["commit"].split(", ")})  # whose code made its runs
     facts = [
         duration(status["seconds"]),
         trained(status.get("trained"), status.get("before")),
@@ -422,7 +417,7 @@ def notebook_html(
         status["device"],
         f"run by commit {status['commit']}",
         when(status["finished"]),
-        trained_by(claims),
+        f"trained by commit{'s'[: len(commits) > 1]} {', '.join(commits)}" if commits else "",
         f"page made by commit {made_by}" if made_by not in ("", status["commit"]) else "",
     ]
     page = {
@@ -446,20 +441,17 @@ PAPERS = re.compile(r"headline\.(d\d+|widens\..+)|source\.kept|transfer\.(glyphs
 
 # start of a claim's id: its figure, empty for none; of others the first one of their notebook
 FIGURES = {
-    r"headline\.d\d": "headline",
+    r"headline\.(few_dims|each|clusters)|explained\.alike|generators\.source|stability\.spread": "",
+    r"cost\.(generation|break_even)|conditioning\.(wrong|support|clusters)": "",
+    r"source\.kept_whole|(longer|given|taught)\.kept": "",
+    r"headline\.(d\d|hypernetwork)": "headline",
     r"headline\.widens": "gap",
-    r"headline\.hypernetwork": "headline",
-    r"headline\.(few_dims|each|clusters)": "",
     r"headline": "gaps",
-    r"explained\.alike": "",
     r"explained\.(source|task)": "control_gaps",
-    r"transfer\.((source|hypernetwork)\.)?glyphs": "transfer_gaps_glyphs",
-    r"transfer\.((source|hypernetwork)\.)?classes": "transfer_gaps_classes",
+    r"transfer\.(?:(?:source|hypernetwork)\.)?(glyphs|classes)": r"transfer_gaps_\1",
     r"transfer\.growth": "growth",
-    r"transfer\.support.*glyphs": "transfer_support_glyphs",
-    r"transfer\.support.*classes": "transfer_support_classes",
-    r"scarce\..*glyphs": "transfer_scarce_glyphs",
-    r"scarce\..*classes": "transfer_scarce_classes",
+    r"transfer\.support.*(glyphs|classes)": r"transfer_support_\1",
+    r"scarce\..*(glyphs|classes)": r"transfer_scarce_\1",
     r"direct\.(start|tuned)": "direct_training",
     r"direct\.cut_compute|cost\.(hypernetwork|one_width)": "compute_gaps",
     r"direct\.cut": "cut_gaps",
@@ -469,21 +461,12 @@ FIGURES = {
     r"source\.depth": "source_depth",
     r"source\.masked": "source_masked",
     r"source\.mixture": "source_mixture",
-    r"cost\.generation": "",
-    r"cost\.break_even": "",
-    r"longer\.kept": "",
-    r"source\.kept_whole": "",
-    r"generators\.source": "",
-    r"conditioning\.(wrong|support|clusters)": "",
-    r"stability\.spread": "",
     r"multimodal\.caption": "captions",
     r"multimodal": "captions_loss",
     r"brings\.again": "brings_again",
     r"longer\.(universal|widens|gap)": "longer_gap",
     r"given\.compute": "given_compute",
     r"given\.(random|fades)": "given_source",
-    r"given\.kept": "",
-    r"taught\.kept": "",
     r"taught": "taught_gaps",
     r"given": "given_gaps",
 }
@@ -567,11 +550,10 @@ def with_claims(markdown: str, claims: Sequence[dict], differ: Collection[str] =
     """
     if not claims:
         return markdown
-    ending = re.compile(r"\.(d\d+|\d+_\d+)$")
     found: dict[str, dict[str, dict]] = {}
     for claim in claims:
-        by_width = found.setdefault(ending.sub("", claim["id"]), {})
-        by_width[claim["id"][len(ending.sub("", claim["id"])) + 1 :]] = claim
+        id, at = re.fullmatch(r"(.+?)(?:\.(d\d+|\d+_\d+))?", claim["id"]).groups("")  # type: ignore[union-attr]
+        found.setdefault(id, {})[at] = claim
 
     def cell(claim: dict) -> str:  # to be broken before the bracket alone
         words = f"{VERDICTS[claim['verdict']]} {interval(claim)}{' †' if claim['id'] in differ else ''}"
@@ -712,7 +694,7 @@ def index_html(
     first = {status["notebook"]: status["figure"] for status in notebooks}
     thumbs: dict[str, tuple[str, str | None] | None] = {}
     for claim in claims:
-        fits = [name for start, name in FIGURES.items() if re.match(start, claim["id"])]
+        fits = [found.expand(name) for start, name in FIGURES.items() if (found := re.match(start, claim["id"]))]
         names = [] if "" in fits else [*fits, first.get(claim["notebook"], "")]
         path = next((path for name in names if (path := figures / f"{name}.png").exists()), None)
         thumbs[claim["id"]] = (f"figures/{path.name}", data_uri(path, 288)) if path else None

@@ -60,7 +60,6 @@ STYLE: dict = {
     "legend.handlelength": 4.4,  # a dash pattern shows on both sides of the marker
     "lines.linewidth": 1.8,
     "figure.facecolor": "white",
-    "savefig.facecolor": "white",
 }
 
 
@@ -113,14 +112,6 @@ def _ticks(ax, locator, words="{x:g}") -> None:
     ax.xaxis.set(major_locator=locator, minor_locator=NullLocator(), major_formatter=words)
 
 
-def _size_axis(ax, sizes) -> None:
-    """A log2 axis with a tick at each size."""
-    sizes = sorted(set(sizes))
-    ax.set_xscale("log", base=2)
-    _ticks(ax, FixedLocator(sizes))
-    ax.set_xlim(min(sizes) / 1.25, max(sizes) * 1.25)
-
-
 def _legend(fig: Figure, axes) -> None:
     """A legend for all panels, below them (inside for one or two of one panel); the figure grows with its rows."""
     entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
@@ -133,21 +124,13 @@ def _legend(fig: Figure, axes) -> None:
         fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), columns))
 
 
-def _rate_axis(ax) -> None:
-    """A log axis of learning rates with ticks at 1, 2 and 5; fewer where they would be many."""
-    ax.set_xscale("log")
-    low, high = ax.get_xlim()
-    subs = (1, 2, 5) if high < 20 * low else (1, 3) if high < 100 * low else (1,)
-    _ticks(ax, LogLocator(subs=subs, numticks=20))
-    ax.tick_params(axis="x", labelrotation=35)
-    ax.set_xlabel("learning rate")
-
-
-def _lines_over_size(df: pd.DataFrame, group: str, value: str, ylabel: str, summary: pd.DataFrame | None):
-    """Seeds as points, means with intervals as lines, against size."""
+def _lines_over_size(
+    df: pd.DataFrame, group: str, value: str, xlabel: str, ylabel: str, summary: pd.DataFrame | None = None
+):
+    """Seeds as points, means with intervals as lines, against size: a log2 axis with a tick at each."""
     fig, (ax,) = _panels(1)
-    names = list(dict.fromkeys(df[group]))
-    aside = (df["d_s"].max() / df["d_s"].min()) ** 0.018 if len(df) else 1.0  # so that intervals stay apart
+    names, sizes = list(dict.fromkeys(df[group])), sorted(df["d_s"].unique())
+    aside = (sizes[-1] / sizes[0]) ** 0.018  # so that intervals stay apart
     for place, (name, look) in enumerate(looks(names).items()):
         rows = df[df[group] == name]
         shift = aside ** (place - (len(names) - 1) / 2)
@@ -157,20 +140,20 @@ def _lines_over_size(df: pd.DataFrame, group: str, value: str, ylabel: str, summ
             part = summary[summary[group] == name].sort_values("d_s")
             means = list(part[["d_s", "mean", "ci_low", "ci_high"]].itertuples(index=False, name=None))
         size, mean, low, high = np.array(means, dtype=float).T
-        if "seed" in rows:
-            ax.plot(rows["d_s"] * shift, rows[value], "o", color=look["color"], alpha=0.5, ms=4, mec="none")
+        ax.plot(rows["d_s"] * shift, rows[value], "o", color=look["color"], alpha=0.5, ms=4, mec="none")
         bars = np.nan_to_num(np.stack([mean - low, high - mean]))
         ax.errorbar(size * shift, mean, yerr=bars, capsize=3, ms=5, label=label_of(name), **look)
-    _size_axis(ax, df["d_s"])
-    ax.set_ylabel(ylabel)
+    ax.set_xscale("log", base=2)
+    _ticks(ax, FixedLocator(sizes))
+    ax.set_xlim(sizes[0] / 1.25, sizes[-1] * 1.25)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     return fig, ax
 
 
 @rc_context(STYLE)
 def loss_against_size(df: pd.DataFrame, source: float | None = None, ylabel: str = LOSS, xlabel: str = SIZE) -> Figure:
     """Loss of each arm against size. `df`: arm, d_s, seed, loss. `source`: the large model's loss, a line."""
-    fig, ax = _lines_over_size(df, "arm", "loss", ylabel, None)
-    ax.set_xlabel(xlabel)
+    fig, ax = _lines_over_size(df, "arm", "loss", xlabel, ylabel)
     if source is not None:
         ax.axhline(source, color=FAMILIES["source"], lw=1.2, ls=(0, (6, 3)), label="source (large)")
         low, high = ax.get_ylim()
@@ -186,8 +169,7 @@ def gap_against_size(
     """Paired gaps against size. `df`: comparison, d_s, seed, gap. `summary`, instead of t intervals:
     comparison, d_s, mean, ci_low, ci_high.
     """
-    fig, ax = _lines_over_size(df, "comparison", "gap", ylabel, summary)
-    ax.set_xlabel(xlabel)
+    fig, ax = _lines_over_size(df, "comparison", "gap", xlabel, ylabel, summary)
     ax.axhline(0, color="#1D2430", lw=1)
     if df["comparison"].nunique() > 1:  # of one the axis says what it is
         _legend(fig, [ax])
@@ -318,7 +300,12 @@ def sweep_curves(df: pd.DataFrame) -> Figure:
             best = mean.idxmin()
             edge = best in (mean.index[0], mean.index[-1])
             ax.plot(best, mean[best], "X" if edge else "o", ms=11, mfc="none", mec=look["color"], mew=1.6)
-        _rate_axis(ax)
+        ax.set_xscale("log")
+        low, high = ax.get_xlim()
+        subs = (1, 2, 5) if high < 20 * low else (1, 3) if high < 100 * low else (1,)  # fewer where they would be many
+        _ticks(ax, LogLocator(subs=subs, numticks=20))
+        ax.tick_params(axis="x", labelrotation=35)
+        ax.set_xlabel("learning rate")
         bests = df[df["d_s"] == size].groupby("arm")["val_loss"].min()
         low, high = ax.get_ylim()
         ax.set_ylim(low, min(high, bests.max() + 0.15))
@@ -398,14 +385,8 @@ def waterfall(df: pd.DataFrame) -> Figure:
             ax.plot([loss, loss], [place - 0.28, place + 1 if place + 1 < len(losses) else place + 0.28], "k-", lw=1)
             ax.plot(seeds[place], [place] * len(seeds[place]), "o", ms=4, color="#1D2430", mec="white", mew=0.6)
             words = f"{change:+.3f}".replace("-", "−") if place else f"{loss:.3f}"
-            ax.annotate(
-                words,
-                (max(before, seeds[place].max()), place),
-                (5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=10,
-            )
+            end = max(before, seeds[place].max()), place
+            ax.annotate(words, end, (5, 0), textcoords="offset points", va="center", fontsize=10)
         left, right = part["loss"].min(), part["loss"].max()
         span = right - left or 1.0
         ax.set_xlim(left - 0.08 * span, right + 0.62 * span)

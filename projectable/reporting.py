@@ -37,7 +37,6 @@ from projectable.storage import current_commit, draft_of, end_with_parent, locke
 from projectable.storage import device as this_device
 
 PROFILES = ("smoke", "laptop", "gpu")
-PLACES = ("PROJECTABLE_ROOT", "PROJECTABLE_DATA", "PROJECTABLE_RUNS", "PROJECTABLE_REPORTS")
 
 
 # ---------------------------------------------------------------------------------------------------- places
@@ -203,9 +202,7 @@ def _styled(df, caption):
         df = df.assign(arm=df["arm"].map(label_of))
     if "what" in df:  # the same, written for that table
         df = df.drop(columns="arm", errors="ignore")
-    for low in [
-        column for column in df.columns if column.endswith("_low")
-    ]:  # and the value before: `0.37 [0.34, 0.40]`
+    for low in [name for name in df.columns if name.endswith("_low")]:  # and the value before: `0.37 [0.34, 0.40]`
         value, high = df.columns[df.columns.get_loc(low) - 1], f"{low.removesuffix('_low')}_high"
         records = df[[value, low, high]].set_axis(["value", "ci_low", "ci_high"], axis=1).to_dict("records")
         df = df.assign(**{value: [pages.interval(record) for record in records]}).drop(columns=[low, high])
@@ -279,12 +276,6 @@ def execute(path: Path, executed: Path, parameters: dict) -> None:
         )
 
 
-def error_message(error: Exception) -> str:
-    """`name: message` of what went wrong in the notebook, without colours."""
-    name, message = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
-    return re.sub(r"\x1b\[[0-9;]*m", "", f"{name}: {message}")
-
-
 @dataclasses.dataclass
 class Status:
     """How the run of a notebook went."""
@@ -336,7 +327,8 @@ def run_notebook(path: Path, profile: str, parameters: dict | None = None, among
         execute(path, executed, parameters)
         status.status, status.error = "ok", ""
     except Exception as error:
-        status.error = error_message(error)
+        name, message = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+        status.error = re.sub(r"\x1b\[[0-9;]*m", "", f"{name}: {message}")  # without colours
     finally:  # also when interrupted
         status.seconds = round(time.monotonic() - start, 1)
         status.trained = _runs_since(clock)
@@ -421,9 +413,6 @@ def build_index(profile: str) -> None:
     write_atomically(reports / "index.html", html)
 
 
-KEPT = ["id", "value", "ci_low", "ci_high", "seeds", "tasks", "verdict", "commit"]
-
-
 def keep(name: str, profile: str = "laptop") -> Path:
     """Keep this run's claims as results/claims_NAME_run.csv: the index and findings.md set later ones beside them.
 
@@ -443,7 +432,8 @@ def keep(name: str, profile: str = "laptop") -> Path:
             raise ReportError(f"these claims are kept already, as {there.name}: run the notebooks first")
     from pandas import DataFrame
 
-    write_atomically(path, DataFrame(claims)[KEPT].to_csv(index=False, float_format="%.6g"))
+    columns = ["id", "value", "ci_low", "ci_high", "seeds", "tasks", "verdict", "commit"]
+    write_atomically(path, DataFrame(claims).to_csv(columns=columns, index=False, float_format="%.6g"))
     return path
 
 
@@ -565,7 +555,7 @@ def reproduce(
     that are run, their values as a command line gives them. Raises ReportError for what is unknown.
     """
     check_profile(profile)
-    for name in PLACES:
+    for name in ("PROJECTABLE_ROOT", "PROJECTABLE_DATA", "PROJECTABLE_RUNS", "PROJECTABLE_REPORTS"):
         if place := os.environ.get(name):
             os.environ[name] = os.path.abspath(os.path.expanduser(place))  # kernels run in a folder of their own
     paths = select_notebooks(only)
@@ -576,7 +566,6 @@ def reproduce(
         check_parameters(path, {"profile": profile} | given)
     # seconds from nothing, by budgets, which are for `laptop`; else of the last time
     usual = [notebook_budget(p) if profile == "laptop" else read_status(p, profile).seconds for p in paths]
-    failed: list[str] = []
     done: list[Status] = []
     start = time.monotonic()
     with lock(profile):
@@ -585,13 +574,9 @@ def reproduce(
         for status in runs:
             done.append(status)
             rest = "" if beside else _rest(usual, done)
-            print(
-                f"        {status.status} in {pages.duration(status.seconds)}"
-                f" (elapsed {pages.duration(time.monotonic() - start)}{rest})",
-                flush=True,
-            )
+            took, elapsed = map(pages.duration, (status.seconds, time.monotonic() - start))
+            print(f"        {status.status} in {took} (elapsed {elapsed}{rest})", flush=True)
             if status.status != "ok":
-                failed.append(status.notebook)
                 print(f"        {status.error}", flush=True)
         merge_claims(profile)
         build_index(profile)
@@ -599,13 +584,11 @@ def reproduce(
     reports = reports_dir(profile)
     names = {path.stem for path in paths}
     for run in kept_runs([c for c in _read_json(reports / "claims.json", []) if c["notebook"] in names], reports):
-        same = run["both"] - len(run["changed"])
-        print(
-            f"beside {pages.kind(run['file'])}: {same} of {run['both']} verdicts the same, {run['opposite']} opposite"
-        )
+        same, name = run["both"] - len(run["changed"]), pages.kind(run["file"])
+        print(f"beside {name}: {same} of {run['both']} verdicts the same, {run['opposite']} opposite")
     print(f"reports: {reports / 'index.html'}")
-    if failed:
-        print(f"failed: {', '.join(sorted(failed))}")
+    if failed := sorted(status.notebook for status in done if status.status != "ok"):
+        print(f"failed: {', '.join(failed)}")
     return len(failed)
 
 

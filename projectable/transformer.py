@@ -122,16 +122,10 @@ def _einsum_size(equation: str, *operands) -> int:
 
 def initial_weights(shape: Shape, generator: torch.Generator | None = None) -> Weights:
     """Random weights: embeddings N(0, 0.3²), matrices N(0, 1/fan_in), writes to the stream smaller by √(2·layers)."""
+    smaller = dict(head=2.0, out=math.sqrt(2 * shape.n_layers), down=math.sqrt(2 * shape.n_layers))
     weights = {}
     for name, size in shape.weight_shapes().items():
-        if name in ("embedding", "positions"):
-            std = 0.3
-        elif name == "head":
-            std = 0.5 / math.sqrt(size[-2])
-        else:
-            std = 1 / math.sqrt(size[-2])
-            if name in ("out", "down"):
-                std /= math.sqrt(2 * shape.n_layers)
+        std = 0.3 if name in ("embedding", "positions") else 1 / math.sqrt(size[-2]) / smaller.get(name, 1.0)
         weights[name] = torch.randn(size, generator=generator) * std
     return weights
 

@@ -70,13 +70,9 @@ def families_of() -> dict[str, tuple[str, ...]]:
     families: dict[str, tuple[str, ...]] = {}
     for family, faces in FACES.items():
         maps = [FT2Font(str(_font_file(face))).get_charmap() for split in SPLITS for face in faces[split]]
-        for code in sorted(set.intersection(*map(set, maps))):
-            letter = chr(code)
-            if (
-                unicodedata.category(letter) in ("Lu", "Ll", "Lo")
-                and not unicodedata.decomposition(letter)
-                and script(letter)
-            ):
+        for letter in map(chr, set.intersection(*map(set, maps))):
+            is_one = unicodedata.category(letter) in ("Lu", "Ll", "Lo") and not unicodedata.decomposition(letter)
+            if is_one and script(letter):
                 families[letter] = families.get(letter, ()) + (family,)
     return dict(sorted(families.items()))
 

@@ -497,9 +497,8 @@ def read_folder(path: str | Path, patch: int = 4) -> tuple[Folder, dict[str, tup
         ((h, w),) = set(sizes.values())
         height, width = (h, w) if max(h, w) <= LARGEST and not (h % patch or w % patch) else (height, width)
     pixels = {part: ([], []) for part in files}
-    for part, name, file in tqdm(
-        [row for row in rows if row[2] in sizes], path.name, leave=False, mininterval=1, delay=5
-    ):
+    whole = [row for row in rows if row[2] in sizes]
+    for part, name, file in tqdm(whole, path.name, leave=False, mininterval=1, delay=5):
         try:
             pixels[part][0].append(_read_image(file, height, width))
             pixels[part][1].append(classes.index(name))

@@ -269,17 +269,9 @@ class Captioned:
         """Codes of images: letters have the numbers from there on."""
         return len(self.book.codes)
 
-    @property
-    def patch(self) -> int:
-        return self.book.patch
-
-    @property
-    def height(self) -> int:
-        return self.book.height
-
-    @property
-    def width(self) -> int:
-        return self.book.width
+    patch = property(lambda self: self.book.patch)
+    height = property(lambda self: self.book.height)
+    width = property(lambda self: self.book.width)
 
     @property
     def length(self) -> int:
