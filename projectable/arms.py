@@ -608,7 +608,8 @@ def sweep_source_rates(study: Study, *names: str) -> pd.DataFrame:
         configs = []
         for name, k in asked:
             config = study.config(name, study.rates(name), study.profile.seeds[0])
-            options = dict(config.options) | (dict(source_rate=FACTOR**k) if k else {})
+            options = {name: x for name, x in config.options if name != "source_rate"}  # the study's own, perhaps
+            options |= dict(source_rate=FACTOR**k) if k else {}
             configs.append(config.with_(options=options))
         for (name, k), run in zip(asked, run_many(configs, "rates of the source", diverging=True), strict=True):
             losses[name][k] = sum(run.result["val"][f"d{s}"] for s in study.sizes_of(name)) / len(study.sizes_of(name))

@@ -112,7 +112,7 @@ def _value(kind, value, name: str):
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name}={value!r:.60}; allowed: a list of {inner.__name__}")
         return tuple(_value(inner, x, name) for x in value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1e300:
         return float(value)
     if type(value) is not kind:
         raise ValueError(f"{name}={value!r:.60}; allowed: {kind.__name__}")
@@ -399,7 +399,8 @@ def read_config(path: str | Path, models: Collection[str]) -> RunConfig:
         try:
             found = read_json(path)
         except DamagedFile as error:
-            raise DamagedFile(f"{str(error).rpartition(': ')[0]}: {again}") from None
+            changed = "out of a copy that you changed take its sha256"
+            raise DamagedFile(f"{str(error).rpartition(': ')[0]}: {again}; {changed}") from None
     if isinstance(found, dict) and "format" in found:
         others = "`projectable sample`, `evaluate` and `info` take it"
         raise ConfigError(f"{path.parent} is no run but a small model: {others}")

@@ -283,6 +283,7 @@ def training_memory(model: Model, data: TaskData, tasks: int, images: int) -> di
     leaves for the backward one, each storage once, parameters apart. What an operation needs for a moment is not in it.
     """
     storages: dict[int, torch.UntypedStorage] = {}
+    tasks = min(tasks, data.n_tasks)  # as in training
 
     def keep(tensor: Tensor) -> Tensor:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()

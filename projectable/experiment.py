@@ -392,6 +392,8 @@ def _projectable(
     **options,
 ) -> Model:
     """`encoder`: of image features, name and weights file of a ResNet, and its checksum (`image_features`)."""
+    if len(encoder) > 3 or not all(isinstance(word, str) for word in encoder):
+        raise ValueError(f"encoder={list(encoder)}; allowed: up to three strings, network, weights file and checksum")
     conditioning = CONDITIONINGS.get(options.get("conditioning", "LearnedID"))
     needs = conditioning.needs if conditioning is not None else ()
     if unknown := [need for need in needs if need not in TELL]:
@@ -403,8 +405,10 @@ def _projectable(
     return kind(start, data.n_tasks, config.sizes, tokens, told=told, seed=config.seed, **options)
 
 
-def _distilled_projectable(config: RunConfig, data: TaskData, start: Universal, share: float = 0.5, **options) -> Model:
-    return _projectable(config, data, start, kind=partial(DistilledProjections, share=share), **options)
+def _distilled_projectable(
+    config: RunConfig, data: TaskData, start: Universal, encoder: tuple = (), share: float = 0.5, **options
+) -> Model:
+    return _projectable(config, data, start, encoder, partial(DistilledProjections, share=share), **options)
 
 
 def _hard_mixture(config: RunConfig, data: TaskData, start: None, n_experts: int = 4) -> Model:
@@ -482,28 +486,46 @@ def operations(config: RunConfig) -> float:
     """
     data = data_for(config.data)
     length = data.codebook.length
-    options, model = dict(config.options), config.model.removeprefix("masked_")
-    if model == "distilled_projectable":  # the source answers in any case
-        model = "projectable"
-        options.pop("share", None)
-    n_layers = cast(int, options.get("n_layers") or config.n_layers)
-    sizes = [(width, n_layers) for width in config.sizes]
-    if model == "source" or model == "projectable" and options.get("source_mode", "trained") in KEEPS_OBJECTIVE:
+    mode = dict(config.options).get("source_mode", "trained")
+    sizes = [(width, _small_layers(config)) for width in config.sizes]
+    ours = config.model.endswith("projectable")
+    if keeps := config.model.endswith("source") or ours and mode in KEEPS_OBJECTIVE:
         sizes.append((config.d_source, config.n_layers))
     shapes = [replace(config.shape(length, d), n_layers=n, vocab_size=config.data.vocab_size) for d, n in sizes]
     per_token = 3.0 * sum(shape.n_operations() for shape in shapes)
     if config.model in TAUGHT:
+        teacher = cast(RunConfig, config.start)
+        plain = teacher.sizes and not teacher.model.endswith("projectable")
+        per_token += config.shape(length, teacher.sizes[0] if plain else teacher.d_source).n_operations()
+    elif config.model == "distilled_projectable" and not keeps:  # the source answers all the same
         per_token += config.shape(length).n_operations()
     n_tasks = min(config.tasks_per_step, data.n_tasks)
     per_step = per_token * n_tasks * config.images_per_task * length
-    if model == "projectable":
-        options["conditioning"] = "LearnedID"  # what makes the task vectors costs next to nothing in a step
-        start = cast(RunConfig, config.start).with_(model="source", source_lr=1.0, seed=0, start=None)
-        alike = dict(model=model, lr=(0.0,) * len(config.sizes), source_lr=1.0, steps=1, seed=0)
-        per_step += 3.0 * _generation(config.with_(**alike, options=options, start=start), n_tasks)
-    elif TAUGHT.get(model, model) == "hypernetwork":
-        per_step += 3.0 * _generation(config.with_(lr=(0.0,), steps=1, seed=0), n_tasks)
+    if (maker := _maker(config)) is not None:
+        alike: dict = dict(sizes=config.sizes, lr=(0.0,) * len(config.sizes), steps=1, seed=0)
+        if maker.model.endswith("projectable"):
+            options = dict(maker.options) | {
+                "conditioning": "LearnedID"
+            }  # what makes task vectors costs next to nothing
+            options.pop("share", None)
+            start = cast(RunConfig, maker.start).with_(model="source", source_lr=1.0, seed=0, start=None)
+            alike |= dict(model="projectable", source_lr=1.0, options=options, start=start)
+        per_step += 3.0 * _generation(maker.with_(**alike), n_tasks)
     return per_step * config.steps + (operations(config.start) if config.start is not None else 0.0)
+
+
+def _small_layers(config: RunConfig) -> int:
+    """Layers of its small models: as many as projections say, its own or those that it starts from, or the source's."""
+    if config.model in ("tuned", "specialists", "adapted") and config.start is not None:
+        return _small_layers(config.start)
+    return cast(int, dict(config.options).get("n_layers") or config.n_layers)
+
+
+def _maker(config: RunConfig) -> RunConfig | None:
+    """The run whose generators make the small weights in a step, itself or the one that it adapts; None: none do."""
+    if config.model == "adapted":
+        return _maker(cast(RunConfig, config.start))
+    return config if config.model.endswith(("projectable", "hypernetwork")) else None
 
 
 @cache
@@ -710,6 +732,7 @@ def _prepare(config: RunConfig, folder: Path) -> None:
 def _keep(config: RunConfig, folder: Path, model: Model, data: TaskData, outcome: Outcome, processes: int) -> None:
     """Write what a training left; the result last."""
     about = {"config": config.key(), "codes": _codes(data)}
+    (folder / "test.json").unlink(missing_ok=True)  # of weights of before, which may have come out otherwise
     save_tensors(folder / "model.safetensors", model.state_dict(), about)
     write_json(folder / "history.json", {"rows": outcome.history})
     best = [row for row in outcome.history if row["split"] == "val" and row["step"] == outcome.best_step]

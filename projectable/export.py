@@ -328,7 +328,9 @@ def export_onnx(model: SmallTransformer, path: str | Path) -> Path:
 
     path, book = Path(path), model.codebook
     tokens = torch.zeros(2, min(3, model.shape.length), dtype=torch.int64)
-    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=model.shape.length)}
+    sizes = {0: torch.export.Dim("batch")}
+    if model.shape.length > 1:
+        sizes[1] = torch.export.Dim("length", max=model.shape.length)
     with mock.patch.object(transformer, "attention", attention), torch.no_grad():
         program = torch.onnx.export(
             model.eval(),

@@ -147,7 +147,7 @@ class Attributes(Features):
     def __init__(self, n_tasks: int, z_dim: int, names: Sequence[str]):
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3))
+        letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3), lowercase=False)
         super().__init__(n_tasks, z_dim, letters.fit_transform(names).toarray())
 
 

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .generators import LearnedID, Slice, SupportSet, make_conditioning, make_generator
+from .generators import LearnedID, SupportSet, make_conditioning, make_generator
 from .transformer import (
     PLAIN_AXES,
     Shape,
@@ -389,9 +389,10 @@ def base_maps(weights: Weights, tokens: Tensor, shape: Shape, d_model: int, kind
     """P₀ of stream (d, d_s), heads (L, d, d_s) and neurons (L, 4d, 4d_s), chosen on training tokens (T, B, N).
 
     `weights`: those of a source for these tasks, with or without a task axis.
-    `pca`: the leading directions of the source's normalised stream, and the heads and neurons that write most to
-    it; `slice`: the first of each; `random`: a random orthonormal P, the first heads and neurons. A masked source is
-    seen reading from left to right with no token masked: with its own reading nothing is gained (validation images).
+    `pca`: the leading directions of the source's normalised stream after each layer, the last one counting twice (what
+    the first layer reads is not among them), and the heads and neurons that write most to it; `slice`: the first of
+    each; `random`: a random orthonormal P, the first heads and neurons. A masked source is seen reading from left to
+    right with no token masked: with its own reading nothing is gained (validation images).
 
     Raises ValueError for another kind, or where the source cannot give that width.
     """
@@ -476,6 +477,7 @@ class Projection(nn.Module):
             self.depth = make_generator(simple, torch.eye(shape.n_layers)[kept].unsqueeze(0), z_dim)
         # a selected start leaves every column of norm 1: the √(d/d_s) of the reads keeps the scale
         self.read_scale = math.sqrt(shape.d_model / small.d_model)
+        self.learned = {name for name, p in self.named_parameters() if p.requires_grad}  # of Slice none
 
     def forward(self, weights: Weights, told: Weights, z: Tensor) -> Weights:
         """The small weights of T tasks: `weights` of a source without task terms; `told`, its terms; z (T, K).
@@ -730,8 +732,9 @@ class Adapted(Model):
             self.vectors[member] = nn.Parameter(start.clone())
             self.told[member] = nn.Parameter(base.source.task_embedding.mean(0, keepdim=True).repeat(n_tasks, 1))
             self.told[member].requires_grad_(base.use_task_embedding and tune != "z")
-            for part in base.projections[member].modules():
-                part.requires_grad_(tune == "maps" and not isinstance(part, Slice))
+            projection = base.projections[member]
+            for name, p in projection.named_parameters():
+                p.requires_grad_(tune == "maps" and name in projection.learned)
 
     def weights(self, member: str, task_ids: Tensor) -> Weights:
         plain = self.base.source.plain_weights()

@@ -170,6 +170,8 @@ def split_losses(
     per_task = per_task or max(1, *(len(t) for t in data.tokens[split]))
     at_once = max(20, 400 // min(block, per_task))  # tasks
     mine = range(data.n_tasks)[team.share(data.n_tasks)]
+    training = model.training
+    model.eval()  # as it is used: maps of one's own may have dropout
     for first in range(0, len(mine), at_once):
         ids = mine[first : first + at_once]
         for start in range(0, per_task, block):
@@ -181,6 +183,7 @@ def split_losses(
                 counts[group] += size
                 for member, values in losses.items():
                     sums[member][group] += values.double().cpu() * size
+    model.train(training)
     return {member: team.sum(total) / team.sum(counts) for member, total in sums.items()}
 
 
@@ -308,6 +311,9 @@ def train(
         total: Any = sum(weight[member] * mean for member, mean in means.items())
         found = dict(zip(means, team.sum(torch.stack([*means.values()]).detach()).tolist(), strict=True))
         value = sum(weight[member] * mean for member, mean in found.items())
+        if not total.requires_grad:
+            names = ", ".join(means)
+            raise ValueError(f"the loss of {names} hangs on nothing that is trained; allowed: maps that learn")
         if not math.isfinite(value):
             raise _diverged(f"the loss is {value}", step + 1, config)
         optimizer.zero_grad(set_to_none=True)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import DIGITS, randomise, tiny, tiny_projectable
 
-from projectable import arms, experiment
+from projectable import arms, experiment, generators
 from projectable.arms import ARMS, EVERY, FEW_IMAGES, LINEAR, MAPS, MIDDLES, UNIVERSALS, Scarce, Study, at_size
 from projectable.config import get_profile
-from projectable.models import Adapted, Hypernetwork, SupportUniversal, Universal, for_new_tasks
+from projectable.models import Adapted, Hypernetwork, Projectable, SupportUniversal, Universal, for_new_tasks
 from projectable.training import DivergedError
 from projectable.transformer import Shape
 
@@ -74,6 +74,14 @@ def test_the_sources_rate_beside_projections_is_swept_for_each_arm(study):
     for name in ("projected", "bank_kept"):
         one, two = (of.config(name, rates, 1) for of in (study, other))
         assert one.start == two.start and dict(two.options)["source_rate"] == 2.0, "one beginning for all"
+
+
+def test_rates_of_the_source_are_multiples_of_the_controls_whatever_the_study_has(study):
+    study.options = {"projected": dict(source_rate=2.0)}
+    study.loss = lambda config, member: 1.0
+    found = arms.sweep_source_rates(study, "projected")
+    asked = [dict(c.options).get("source_rate", 1.0) for c in study.asked if c.model == "projectable"]
+    assert asked[-len(found) :] == found.source_rate.tolist() == [0.5, 1.0, 2.0]
 
 
 def test_studies_of_two_folders_share_no_trial(study):
@@ -467,6 +475,18 @@ def test_maps_for_new_tasks_are_tuned_where_asked(base, digits):
         Adapted(base, 2, (8,), support, "model")
     with pytest.raises(ValueError, match="no projections of d16 to adapt; allowed: d8"):
         Adapted(base, 2, (16,), support)
+
+
+def test_maps_that_were_fixed_stay_so_when_maps_are_tuned(source, digits, monkeypatch):
+    class Fixed(generators.Linear):
+        def __init__(self, base, z_dim):
+            super().__init__(base, z_dim)
+            self.base.requires_grad_(False)
+
+    monkeypatch.setitem(generators.FAMILIES, "Fixed", Fixed)
+    fixed = Projectable(source.model(), 10, (8,), digits.first("train", 4), family="Fixed")
+    stream = Adapted(fixed, 2, (8,), digits.first("train", 4)[:2], "maps").base.projections["d8"].stream
+    assert [name for name, p in stream.named_parameters() if p.requires_grad] == ["directions"]
 
 
 def test_a_slice_stays_one_when_maps_are_tuned(source, digits):

@@ -9,8 +9,9 @@ import torch
 from conftest import tiny_projectable
 
 from projectable import evaluation, experiment
-from projectable.models import Model
+from projectable.models import Model, Universal
 from projectable.tasks import make_tasks
+from projectable.transformer import Shape
 
 
 def table(**arms):
@@ -249,3 +250,5 @@ def test_what_a_training_step_holds(digits):
     held = evaluation.training_memory(Toy(), digits, tasks=2, images=3)
     doubles = 2 * 3 * digits.codebook.length
     assert held == {"state": 4 * (4 * 3 + 5), "kept": 8 * 2 * doubles}, "once each, and not the parameter"
+    model = Universal(Shape(8, 1, vocab_size=32, length=16), 10)
+    assert evaluation.training_memory(model, digits, 99, 2) == evaluation.training_memory(model, digits, 10, 2)

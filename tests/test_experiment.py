@@ -567,6 +567,50 @@ def test_operations_by_hand(source):
     assert torch.equal(torch.get_rng_state(), state)  # asking for a cost draws no numbers
 
 
+def test_operations_of_what_starts_from_projections():
+    ours = tiny_projectable(tiny_source(n_layers=2), n_layers=2, options={"n_layers": 1})
+    assert operations(tiny(model="tuned", n_layers=2, start=ours)) == operations(tiny()) + operations(ours)
+    adapted = tiny(model="adapted", n_layers=2, start=ours)
+    alone = tiny_projectable(ours.start, n_layers=2, source_lr=0.0, options={"n_layers": 1, "source_mode": "frozen"})
+    assert operations(adapted) - operations(ours) == operations(alone) - operations(ours.start)  # and their generation
+    for model in ("hypernetwork", "universal"):
+        assert operations(tiny(model="adapted", start=tiny(model=model))) == 2 * operations(tiny(model=model))
+
+
+@pytest.mark.parametrize("mode, lr", [("frozen", 0.0), ("tuned", 1e-3)])
+def test_a_source_that_answers_and_has_no_objective_costs_a_pass(mode, lr):
+    ours = tiny_projectable(source_lr=lr, options={"source_mode": mode})
+    one_pass = 40 * 10 * 4 * 16 * ours.shape(16).n_operations()
+    assert operations(ours.with_(model="distilled_projectable")) == operations(ours) + one_pass
+
+
+def test_operations_of_a_small_teacher():
+    taught = tiny(model="distilled_specialists", start=tiny())
+    answers = 40 * 10 * 4 * 16 * tiny().shape(16, 8).n_operations()
+    assert operations(taught) == operations(tiny(model="specialists")) + operations(tiny()) + answers
+
+
+def test_distilled_projections_take_the_encoder_that_others_take():
+    options = {"encoder": ("efficientnet_lite0",), "conditioning": "Features"}
+    assert experiment._check_options(tiny_projectable(model="distilled_projectable", options=options)) is None
+    with pytest.raises(ValueError, match="unknown option 'encodes'"):
+        experiment._check_options(tiny_projectable(model="distilled_projectable", options={"encodes": ()}))
+
+
+@pytest.mark.parametrize("encoder", [("resnet18", 3), ("resnet18", "w.pth", "sha", "more")])
+def test_an_encoder_is_up_to_three_strings(encoder, digits):
+    with pytest.raises(ValueError, match=r"encoder=\['resnet18', .*\]; allowed: up to three strings"):
+        build(tiny_projectable(options=dict(encoder=encoder, conditioning="Features")), digits)
+
+
+def test_test_losses_are_of_the_weights_that_are_there(other_runs):
+    """Trained anew, on another machine say, they may have come out otherwise."""
+    found = run(tiny(steps=2))
+    experiment.write_json(found.folder / "test.json", {"d8": [99.0] * 10})
+    (found.folder / "result.json").unlink()
+    assert run(tiny(steps=2)).test_losses()["d8"].max() < 9
+
+
 def test_operations_of_the_default_maps_by_hand(source):
     """One layer, d 16 → 8: eight P (embeddings, head, q, k, v, up, out, down), four G of heads, two of neurons."""
     config = tiny_projectable(options=arms.MAPS.options)
@@ -957,6 +1001,7 @@ OURS = dict(model="projectable", start=tiny_source())
         (dict(options={"family": {"a": 1}}), "option family={'a': 1}; allowed: a number, a string, true, false, null"),
         (dict(lr=1e-3), "lr=0.001; allowed: a list of float"),
         (dict(lr=("1e-3",)), "lr='1e-3'; allowed: float"),
+        (dict(lr=(10**400,)), "lr=1000.*; allowed: float"),
         (dict(data="digits"), "data is 'digits'; allowed: an object with the keys of DataConfig"),
         (
             dict(model="specialists", start=Run(tiny(), "x")),

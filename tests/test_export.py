@@ -19,10 +19,10 @@ import projectable
 from projectable import OnnxError, experiment
 from projectable.config import DataConfig
 from projectable.experiment import data_for, run
-from projectable.export import VERSION, ModelError, evaluate, export, load, write_grid
+from projectable.export import VERSION, ModelError, SmallTransformer, evaluate, export, load, write_grid
 from projectable.storage import DamagedFile, load_tensors, save_tensors
 from projectable.tasks import Codebook, make_tasks
-from projectable.transformer import forward
+from projectable.transformer import Shape, forward, initial_weights
 
 CONFIGS = {
     "Linear, shared": lambda: tiny_projectable(sizes=(8, 16), lr=(2e-3, 2e-3), options=dict(family="Linear", z_dim=4)),
@@ -381,6 +381,15 @@ def test_onnx_gives_the_same_logits_for_any_batch_and_length(exported, onnx_path
 
 
 @pytest.mark.slow
+def test_onnx_of_images_of_one_patch(tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed (extra: onnx)")
+    shape, book = Shape(8, 1, vocab_size=4, length=1), Codebook(np.random.default_rng(0).random((4, 16), "f4"), 4, 4, 4)
+    about = dict(shape=dict(d_model=8, n_layers=1, d_head=8, vocab_size=4, length=1, mlp_ratio=4), task="one")
+    model = SmallTransformer(about, initial_weights(shape), book)
+    path = projectable.export_onnx(model, tmp_path / "one.onnx")
+    assert projectable.sample_onnx(path, 3, seed=0).shape == (3, 4, 4, 1)
+
+
 def test_onnx_samples_without_torch(exported, onnx_path):
     code = f"""
 import sys, numpy as np

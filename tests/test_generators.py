@@ -5,6 +5,7 @@ import torch
 
 from projectable.generators import (
     FAMILIES,
+    Attributes,
     Kronecker,
     Linear,
     LowRank,
@@ -288,3 +289,8 @@ def test_options_that_cannot_be(name, option):
 def test_unknown_family():
     with pytest.raises(ValueError, match="unknown generator 'Cubic'; allowed: Slice, Static, StaticMaps, Linear"):
         make_generator("Cubic", BASE, 2)
+
+
+def test_attributes_tell_capital_letters_from_small_ones():
+    one, other, _ = Attributes(3, 2, ("A", "a", "b")).table
+    assert not torch.equal(one, other)

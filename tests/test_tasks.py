@@ -159,6 +159,11 @@ def test_tasks_by_name_and_number(digits):
             data.task_id(wrong)
 
 
+def test_a_number_is_no_name(digits):
+    data = two_tasks(digits, ("1", "0"))
+    assert [data.task_id(task) for task in ("1", 1, 0)] == [0, 1, 0]
+
+
 def test_a_name_goes_before_a_number(digits):
     assert two_tasks(digits, ("1", "0")).task_id("1") == 0
 

@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 from conftest import tiny, tiny_projectable, train_until
 
-from projectable import experiment
+from projectable import experiment, generators
+from projectable.models import Projectable
 from projectable.storage import DamagedFile, load_tensors
 from projectable.training import (
     AdamW,
@@ -499,3 +500,23 @@ def test_a_nan_of_the_last_update_is_named(digits):
 
     with pytest.raises(DivergedError, match="step 1 of 1"):
         trained(config, digits, model, report=poison)
+
+
+class Dropped(generators.Linear):
+    """Linear maps, of whose numbers half are left out while they are trained."""
+
+    def forward(self, z):
+        return torch.nn.functional.dropout(super().forward(z), training=self.training)
+
+
+def test_validation_is_of_models_as_they_are_used(digits, source, monkeypatch):
+    monkeypatch.setitem(generators.FAMILIES, "Dropped", Dropped)
+    model = Projectable(source.model(), 10, (8,), digits.first("train", 4), family="Dropped").train()
+    first, second = (split_losses(model, digits, "val", 5)["d8"] for _ in range(2))
+    assert torch.equal(first, second) and model.training and model.projections["d8"].training
+
+
+def test_where_nothing_is_trained_that_is_said(digits):
+    config = tiny_projectable(source_lr=0.0, options={"source_mode": "frozen", "family": "Slice"})
+    with pytest.raises(ValueError, match="the loss of d8 hangs on nothing that is trained; allowed: maps that learn"):
+        train(experiment.build(config, digits), digits, config)

@@ -139,7 +139,7 @@ class TaskData:
     def task_id(self, task: str | int) -> int:
         """The number of a task given by name or number; raises ValueError naming the allowed ones."""
         names = [str(i) for i in range(self.n_tasks)]
-        for known in (self.task_names, names):
+        for known in (names,) if isinstance(task, int) else (self.task_names, names):
             if str(task) in known:
                 return known.index(str(task))
         raise ValueError(f"unknown task {task!r}; allowed: {', '.join(self.task_names)} (or 0 to {self.n_tasks - 1})")
