@@ -131,7 +131,7 @@ def test_a_config_that_a_finished_run_lost_is_written_again(other_runs, tmp_path
     kept = folder / "config.json"
     before = kept.read_bytes()
     kept.write_bytes(before.replace(b'"clip": 1.0', b'"clip": 2.0'))
-    damaged = "is damaged .its checksum differs.: `projectable train` with .*; out of a copy that you changed take its sha"
+    damaged = "is damaged .its checksum differs.: `projectable train` with .*; out of a copy that you changed take its"
     for said in (damaged, "lost its config.json: `projectable train`"):
         with pytest.raises((ConfigError, DamagedFile), match=said):
             find_run(folder.name)
