@@ -531,11 +531,13 @@ def _maker(config: RunConfig) -> RunConfig | None:
 @cache
 def _generation(config: RunConfig, n_tasks: int) -> int:
     """Multiply-adds of the products that generate the small weights of that many tasks, of all sizes."""
+    data = data_for(config.data)
+    task_ids = torch.arange(n_tasks) % data.n_tasks  # adapted models may have more tasks than what they start from
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model = _blank(config, data_for(config.data))
+        model = _blank(config, data)
         with Products() as counter:
             for member in config.sizes:
-                model.weights(f"d{member}", torch.arange(n_tasks))
+                model.weights(f"d{member}", task_ids)
     return counter.multiply_adds
 
 

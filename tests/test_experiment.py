@@ -575,6 +575,8 @@ def test_operations_of_what_starts_from_projections():
     assert operations(adapted) - operations(ours) == operations(alone) - operations(ours.start)  # and their generation
     for model in ("hypernetwork", "universal"):
         assert operations(tiny(model="adapted", start=tiny(model=model))) == 2 * operations(tiny(model=model))
+    few = tiny(model="hypernetwork", data=replace(DIGITS, tasks="clusters4"))  # fewer tasks than the new ones
+    assert operations(tiny(model="adapted", start=few)) - operations(few) == operations(tiny(model="hypernetwork"))
 
 
 @pytest.mark.parametrize("mode, lr", [("frozen", 0.0), ("tuned", 1e-3)])
