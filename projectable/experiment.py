@@ -504,9 +504,7 @@ def operations(config: RunConfig) -> float:
     if (maker := _maker(config)) is not None:
         alike: dict = dict(sizes=config.sizes, lr=(0.0,) * len(config.sizes), steps=1, seed=0)
         if maker.model.endswith("projectable"):
-            options = dict(maker.options) | {
-                "conditioning": "LearnedID"
-            }  # what makes task vectors costs next to nothing
+            options = dict(maker.options) | dict(conditioning="LearnedID")  # others cost next to nothing more
             options.pop("share", None)
             start = cast(RunConfig, maker.start).with_(model="source", source_lr=1.0, seed=0, start=None)
             alike |= dict(model="projectable", source_lr=1.0, options=options, start=start)
