@@ -441,8 +441,8 @@ PAPERS = re.compile(r"headline\.(d\d+|widens\..+)|source\.kept|transfer\.(glyphs
 
 # start of a claim's id: its figure, empty for none; of others the first one of their notebook
 FIGURES = {
-    r"headline\.(few_dims|each|clusters)|explained\.alike|generators\.source|stability\.spread": "",
-    r"cost\.(generation|break_even)|conditioning\.(wrong|support|clusters)": "",
+    r"headline\.(few_dims|each|clusters)|explained\.alike|stability\.spread": "",
+    r"cost\.(generation|break_even)|conditioning\.(wrong|support|clusters|classes)": "",
     r"source\.kept_whole|(longer|given|taught)\.kept": "",
     r"headline\.(d\d|hypernetwork)": "headline",
     r"headline\.widens": "gap",
@@ -455,7 +455,7 @@ FIGURES = {
     r"direct\.(start|tuned)": "direct_training",
     r"direct\.cut_compute|cost\.(hypernetwork|one_width)": "compute_gaps",
     r"direct\.cut": "cut_gaps",
-    r"generators\.(?!family|source)": "factors",
+    r"generators\.(?!family)": "factors",
     r"stability\.(agreement|source)": "agreement",
     r"stability\.smooth": "between_tasks",
     r"source\.depth": "source_depth",

@@ -115,9 +115,9 @@ def test_claims_are_all_there_and_follow_from_the_recorded_losses(reports):
         "taught.projected taught.hypernetwork taught.both"
     ).split()
     of_two_sizes = (
-        "conditioning.shuffled conditioning.wrong conditioning.support generators.family generators.sizes "
-        "generators.layout_per_matrix generators.p0_random generators.p0_slice generators.lambda_1 generators.z_2 "
-        "generators.z_16 source.depth.l1 source.depth.l2 source.depth.l3 source.masked source.mixture "
+        "conditioning.shuffled conditioning.wrong conditioning.support conditioning.classes generators.family "
+        "generators.sizes generators.layout_per_matrix generators.p0_random generators.p0_slice generators.lambda_1 "
+        "generators.z_2 generators.z_16 source.depth.l1 source.depth.l2 source.depth.l3 source.masked source.mixture "
         "multimodal multimodal.caption"
     ).split()
     expected |= {f"{id}.d{s}" for id in by_size for s in SMOKE.sizes} | {"cost.break_even"}
