@@ -119,19 +119,17 @@ def find_run(name: str | Path) -> Run:
 
     folder = Path(name) if (Path(name) / "config.json").exists() else runs_dir() / name
     if not (folder / "config.json").exists():
-        lost = [f"{place} lost its config.json" for place in (name, folder) if (Path(place) / "result.json").exists()]
-        raise ConfigError(
-            f"{lost[0]}: `projectable train` with its config writes it again"
-            if lost
-            else f"no run {str(name)!r}; allowed: the folder of a run, or the name of one in {runs_dir()}"
-        )
-    config = read_config(folder, MODELS)
-    if (folder / "diverged.json").exists():
+        for place in (name, folder):
+            if (Path(place) / "result.json").exists():
+                raise ConfigError(f"{place} lost its config.json: `projectable train` with its config writes it again")
+        raise ConfigError(f"no run {str(name)!r}; allowed: the folder of a run, or the name of one in {runs_dir()}")
+    run = Run(read_config(folder, MODELS), folder)
+    if run.has_diverged:
         remembered = folder / "diverged.json"
         raise ConfigError(f"{folder} diverged: {read_json(remembered)['error']}; delete {remembered} to try again")
-    if not (folder / "result.json").exists():
+    if not run.is_done():
         raise ConfigError(f"{folder} is not finished: `projectable train {folder / 'config.json'}` goes on with it")
-    return Run(config, folder)
+    return run
 
 
 def check_current(run: Run) -> Run:

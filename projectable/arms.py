@@ -23,7 +23,7 @@ import pandas as pd
 
 from . import generators
 from .config import Profile, RunConfig
-from .experiment import Run, has_diverged, operations, run_many
+from .experiment import Run, folder_of, operations, run_many
 from .training import DivergedError
 
 FACTOR = 2.0  # between the learning rates of a sweep
@@ -357,7 +357,7 @@ class Compared:
     def _blamed(self, name: str, config: RunConfig) -> list[tuple[Compared, str, int, float, int]]:
         """Whose arm, size, rate and seed a run diverged by: its own, for all its sizes, or those of its start."""
         whose, start = self._before(name, config)
-        if start and config.start is not None and has_diverged(config.start):
+        if start and config.start is not None and Run(config.start, folder_of(config.start)).has_diverged:
             return whose._blamed(start, config.start)
         rates = zip(config.sizes or (config.d_source,), config.lr or (config.source_lr,), strict=True)
         return [(self, name, size, lr, config.seed) for size, lr in rates]
@@ -418,7 +418,7 @@ class Study(Compared):
             static = options.pop("static", "")
             options = self.maps.options | options | (dict.fromkeys(self.maps.families, static) if static else {})
         if arm.model in ("universal", "distilled") and "conditioning" not in options:  # told as the best one is
-            options["conditioning"] = dict(self.arms[self.best_universal(*sizes)].options)["conditioning"]
+            options["conditioning"] = self.arms[self.best_universal(*sizes)].options["conditioning"]
         both = p.source_steps + p.joint_steps
         steps = {"source": p.source_steps, "joint": p.joint_steps, "none": 1, "matched": 0, "alone": 0}  # 0: see below
         n_steps = max(1, round(arm.steps * both)) if not isinstance(arm.steps, str) else steps[arm.steps]

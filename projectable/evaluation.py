@@ -229,9 +229,8 @@ def disagreement(models: list[Model], member: str, data: TaskData, per_task: int
     tokens = data.first("test", per_task)
     ids = torch.arange(data.n_tasks)
     log_p = [forward(m.weights(member, ids), tokens, m.shape.d_head).log_softmax(-1) for m in models]
-    return torch.stack(
-        [torch.stack([F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean() for q in log_p]) for p in log_p]
-    )
+    kl = [F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean() for p in log_p for q in log_p]
+    return torch.stack(kl).view(len(models), -1)
 
 
 @torch.no_grad()

@@ -155,13 +155,10 @@ def _data_for(config: DataConfig, code: str) -> TaskData:
                 _check_data(data, config)
                 tensors = {f"{split}.{t}": x for split, xs in data.tokens.items() for t, x in enumerate(xs)}
                 book = data.codebook
-                about: dict[str, Any] = dict(
-                    name=data.name, task_names=data.task_names, licence=data.licence, families=data.families
-                )
+                about: dict = {name: getattr(data, name) for name in ("name", "task_names", "licence", "families")}
                 about |= dict(patch=book.patch, height=book.height, width=book.width)
                 about |= dict(alphabet=isinstance(book, text.Alphabet))
-                if isinstance(book, text.Captioned):
-                    about |= dict(middle=book.middle.tolist())
+                about |= dict(middle=book.middle.tolist()) if isinstance(book, text.Captioned) else {}
                 save_tensors(path, tensors | {"codes": torch.from_numpy(book.codes)}, about)
     tensors, about = load_tensors(path)
     names = tuple(about["task_names"])
@@ -551,7 +548,7 @@ class Run:
 
     def is_done(self, test: bool = False) -> bool:
         """Whether it is finished; with `test` also tested."""
-        return all((self.folder / name).exists() for name in ("result.json", "test.json")[: 1 + test])
+        return (self.folder / "result.json").exists() and (not test or (self.folder / "test.json").exists())
 
     @property
     def has_diverged(self) -> bool:
@@ -661,11 +658,6 @@ def folder_of(config: RunConfig) -> Path:
 def is_done(config: RunConfig) -> bool:
     """Whether the run is finished."""
     return Run(config, folder_of(config)).is_done()
-
-
-def has_diverged(config: RunConfig) -> bool:
-    """Whether its training, or that of what it starts from, was tried and diverged."""
-    return Run(config, folder_of(config)).has_diverged
 
 
 def run(

@@ -376,7 +376,6 @@ def _together(cells: list) -> list:
 
 def _tidy(nb):
     """The notebook without title and error cells."""
-    nb.metadata.pop("widgets", None)
     nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
     for cell in nb.cells:
         if "injected-parameters" in cell.metadata.get("tags", []):  # a page is shown to others: of a path its end

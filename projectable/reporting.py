@@ -303,8 +303,8 @@ class Status:
 def read_status(path: Path, profile: str) -> Status:
     """The last known status of a notebook."""
     fresh = Status(path.stem, notebook_title(path), profile)
-    found = dataclasses.asdict(fresh)
-    return Status(**(found | {name: value for name, value in _read_json(fresh.path(), {}).items() if name in found}))
+    kept = _read_json(fresh.path(), {})
+    return dataclasses.replace(fresh, **{name: kept[name] for name in vars(fresh) if name in kept})
 
 
 def run_notebook(path: Path, profile: str, parameters: dict | None = None, among: Sequence[str] = ()) -> Status:
@@ -464,8 +464,13 @@ def another_run(claims: list[dict], path: Path) -> dict:
     return dict(file=path.name, both=len(pairs), changed=changed, opposite=opposite, others=others)
 
 
-def write_claims() -> None:
-    """Write the reference run's claims into README.md, between its two `claims` comments, and into findings.md."""
+def write_claims(profile: str) -> None:
+    """Write the reference run's claims into README.md, between its two `claims` comments, and into findings.md.
+
+    Not where a notebook failed: it has none.
+    """
+    if not is_reference(profile) or any(read_status(p, profile).status == "failed" for p in notebook_paths()):
+        return
     reports, path = reports_dir("laptop"), root() / "README.md"
     before, mark, rest = (path.read_text(encoding="utf-8") if path.exists() else "").partition("<!-- claims: ")
     head, end, after = rest.partition("<!-- /claims -->")
@@ -580,7 +585,7 @@ def reproduce(
                 print(f"        {status.error}", flush=True)
         merge_claims(profile)
         build_index(profile)
-    _write_claims(profile)
+    write_claims(profile)
     reports = reports_dir(profile)
     names = {path.stem for path in paths}
     for run in kept_runs([c for c in _read_json(reports / "claims.json", []) if c["notebook"] in names], reports):
@@ -662,11 +667,5 @@ def report(profile: str) -> int:
             render(path, read_status(path, profile), [path.stem for path in executed])
         merge_claims(profile)
         build_index(profile)
-    _write_claims(profile)
+    write_claims(profile)
     return len(executed)
-
-
-def _write_claims(profile: str) -> None:
-    """The tables of README and findings.md, where claims are the reference's, and no notebook failed: it has none."""
-    if is_reference(profile) and not any(read_status(p, profile).status == "failed" for p in notebook_paths()):
-        write_claims()

@@ -255,9 +255,9 @@ def code_behind(
                 todo.append(value)
             elif said_of := in_words(value):
                 said.append(f"{name} = {said_of}")
-                todo += [type(value)] * _counts(type(value), thing)
-                todo += [part for part in _code_in(value) if _counts(part, thing)]
-                named |= {value} if isinstance(value, str) and name else set()  # a default has no name
+                todo += [part for part in (type(value), *_code_in(value)) if _counts(part, thing)]
+                if isinstance(value, str) and name:  # a default has no name
+                    named.add(value)
         pieces.add("\n".join([code.text, *said]))
         for name, entry in (item for registry in registries.values() for item in _named(registry, named).items()):
             pieces.add(f"{name}: {in_words(entry)}")

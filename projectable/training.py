@@ -544,9 +544,9 @@ class Jobs:
                     raise CancelledError
             return job.result()
         except (FailedJobError, UncompletedJobError) as error:
-            parts = re.split(r"\n-{5,}\n", str(error))  # words, the job's trace, where its logs lie
-            trace = [*parts[1:2], ""][0].strip() or parts[0].strip()  # of a job that was lost there is none
-            raise RuntimeError(f"job {job.job_id}: {trace.splitlines()[-1]}") from None
+            words, trace, *_ = [*re.split(r"\n-{5,}\n", str(error)), ""]  # what, the job's trace, where its logs lie
+            last = (trace.strip() or words.strip()).splitlines()[-1]  # of a job that was lost there is no trace
+            raise RuntimeError(f"job {job.job_id}: {last}") from None
 
     def cancel(self) -> None:
         """End all jobs, and see them end; what they had is in their checkpoints."""

@@ -369,17 +369,14 @@ class _Decoder:
             raise ValueError(f"length={length} does not fit the model's positions; allowed: 1 to {room}")
         if d_head < 1 or d % d_head:
             raise ValueError(f"d_head={d_head} does not divide the model's width; allowed: divisors of {d}")
+        scale = weights["qkv"].new_ones(weights["qkv"].shape[-1])
+        scale[:d] = 1 / math.sqrt(d_head)  # of the queries
+        factors: dict = dict(qkv=scale, qkv_bias=scale, head=1 / temperature, head_bias=1 / temperature)
         full = {}
         for name, w in weights.items():  # every weight gets the task axis
             w = w.detach() if w.dim() > PLAIN_AXES[name] else w.detach().unsqueeze(0)
-            full[name] = w.expand(n_tasks, *w.shape[1:])
-        scale = torch.ones_like(full["qkv"][0, 0, 0])
-        scale[:d] = 1 / math.sqrt(d_head)  # of the queries
-        factors: dict[str, Tensor | float] = dict(qkv=scale, qkv_bias=scale)
-        factors |= dict(head=1 / temperature, head_bias=1 / temperature)
-        for name, factor in factors.items():
-            if name in full:
-                full[name] = full[name] * factor
+            w = w.expand(n_tasks, *w.shape[1:])
+            full[name] = w * factors[name] if name in factors else w
         self.size, self.heads, self.at = (n_tasks, n, d), (n_tasks, n, d // d_head, d_head), 0
         self.table = full["embedding"].reshape(-1, d)  # (T·V, d)
         self.offset = torch.arange(n_tasks, device=self.table.device).unsqueeze(1) * weights["embedding"].shape[-2]

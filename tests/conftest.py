@@ -201,6 +201,12 @@ def browser():
         chromium.close()
 
 
+@pytest.fixture
+def submitit():
+    """The package of the extra `cluster`; skips without it."""
+    return pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+
+
 def randomise(module: torch.nn.Module, std: float = 0.3, seed: int = 0) -> torch.nn.Module:
     """Every parameter drawn anew, so that no term is zero only because it starts there."""
     generator = torch.Generator().manual_seed(seed)

@@ -58,12 +58,15 @@ def test_a_run_says_what_it_found(universal, digits):
 
 
 def test_a_run_without_its_result_is_finished_again(other_runs):
-    config = tiny(steps=10)
-    first = run(config).model().state_dict()
-    (folder_of(config) / "result.json").unlink()
-    assert not is_done(config)
-    again = run(config).model().state_dict()
-    assert is_done(config) and all(torch.equal(first[key], again[key]) for key in first)
+    """With the test losses of its new weights: on another machine, say, they may have come out otherwise."""
+    first = run(tiny(steps=2))
+    experiment.write_json(first.folder / "test.json", {"d8": [99.0] * 10})
+    (first.folder / "result.json").unlink()
+    before = first.model().state_dict()
+    assert not is_done(tiny(steps=2))
+    again = run(tiny(steps=2))
+    assert again.is_done() and all(torch.equal(w, before[key]) for key, w in again.model().state_dict().items())
+    assert again.test_losses()["d8"].max() < 9
 
 
 def test_a_finished_model_is_loaded_without_what_it_started_from(source, other_runs, monkeypatch):
@@ -137,11 +140,6 @@ def test_an_error_of_a_run_leaves_nothing_that_looks_finished(other_runs):
 def test_unknown_model(digits):
     with pytest.raises(ValueError, match="unknown model 'oracle'; allowed: source, universal, hypernetwork, support_"):
         build(tiny(model="oracle"), digits)
-
-
-def test_rates_and_sizes_must_match():
-    with pytest.raises(ValueError, match=r"1 learning rates for 2 sizes \(8, 16\)"):
-        tiny(sizes=(8, 16))
 
 
 def test_every_model_can_be_built_trained_and_loaded(universal, source):
@@ -605,14 +603,6 @@ def test_an_encoder_is_up_to_three_strings(encoder, digits):
         build(tiny_projectable(options=dict(encoder=encoder, conditioning="Features")), digits)
 
 
-def test_test_losses_are_of_the_weights_that_are_there(other_runs):
-    """Trained anew, on another machine say, they may have come out otherwise."""
-    found = run(tiny(steps=2))
-    experiment.write_json(found.folder / "test.json", {"d8": [99.0] * 10})
-    (found.folder / "result.json").unlink()
-    assert run(tiny(steps=2)).test_losses()["d8"].max() < 9
-
-
 def test_operations_of_the_default_maps_by_hand(source):
     """One layer, d 16 → 8: eight P (embeddings, head, q, k, v, up, out, down), four G of heads, two of neurons."""
     config = tiny_projectable(options=arms.MAPS.options)
@@ -900,35 +890,33 @@ class Inline:
         return future
 
 
-def test_after_a_killed_worker_the_next_call_goes_on(other_runs, monkeypatch):
+@pytest.fixture
+def inline(other_runs, monkeypatch):
+    """`Inline` in place of the pool of another folder of runs."""
+    monkeypatch.setattr(Inline, "made", 0)
     monkeypatch.setattr(experiment, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr(experiment, "_progress", Queue())
     experiment._pool.cache_clear()
-    try:
-        with pytest.raises(BrokenProcessPool, match="a worker was killed .*, or a script trains outside of `if __name"):
-            run_many([tiny(steps=10)])
-        (finished,) = run_many([tiny(steps=10)])
-        assert is_done(finished.config)
-    finally:
-        experiment._pool.cache_clear()
-
-
-def test_a_worker_that_was_killed_between_two_calls_is_replaced(other_runs, monkeypatch):
-    class Gone(Inline):
-        def submit(self, work, *arguments):
-            if self.broken:
-                raise BrokenProcessPool("a worker was killed")
-            return super().submit(work, *arguments)
-
-    monkeypatch.setattr(Inline, "made", 0)
-    monkeypatch.setattr(experiment, "ProcessPoolExecutor", Gone)
-    monkeypatch.setattr(experiment, "_progress", Queue())
+    yield
     experiment._pool.cache_clear()
-    try:
-        (finished,) = run_many([tiny(steps=10)])
-        assert is_done(finished.config) and Inline.made == 2
-    finally:
-        experiment._pool.cache_clear()
+
+
+def test_after_a_killed_worker_the_next_call_goes_on(inline):
+    with pytest.raises(BrokenProcessPool, match="a worker was killed .*, or a script trains outside of `if __name"):
+        run_many([tiny(steps=10)])
+    (finished,) = run_many([tiny(steps=10)])
+    assert is_done(finished.config)
+
+
+def test_a_worker_that_was_killed_between_two_calls_is_replaced(inline, monkeypatch):
+    def submit(self, work, *arguments, usual=Inline.submit):
+        if self.broken:
+            raise BrokenProcessPool("a worker was killed")
+        return usual(self, work, *arguments)
+
+    monkeypatch.setattr(Inline, "submit", submit)
+    (finished,) = run_many([tiny(steps=10)])
+    assert is_done(finished.config) and Inline.made == 2
 
 
 @pytest.mark.parametrize(
@@ -974,6 +962,7 @@ OURS = dict(model="projectable", start=tiny_source())
         (dict(eval_every=0), "eval_every=0; allowed: 1 or more"),
         (dict(val_images=-3), "val_images=-3; allowed: 0 or more"),
         (dict(sizes=(0,)), "sizes=\\[0\\]; allowed: 1 or more"),
+        (dict(sizes=(8, 16)), r"1 learning rates for 2 sizes \(8, 16\): one each is allowed"),
         (dict(sizes=(8, 16), lr=(1e-2, 1e-2)), "allowed for model 'universal': one size"),
         (dict(model="projectable"), "model 'projectable' needs 'start'"),
         (

@@ -96,10 +96,6 @@ def test_new_tasks_start_where_the_base_puts_them(digits, source):
     assert not Adapted(hidden_base, 2, (8,), support).told["d8"].requires_grad
 
 
-def test_slice_is_never_trained():
-    assert not any(p.requires_grad for p in make_generator("Slice", torch.eye(4).unsqueeze(0), 2).parameters())
-
-
 def test_many_columns_of_which_one_is_long_stay_orthonormal():
     maps = make_generator("Orthonormal", torch.eye(512).unsqueeze(0), 2, inner="Static", steps=8)
     with torch.no_grad():
@@ -236,13 +232,6 @@ def test_where_claims_come_from_and_bits_of_a_table(digits, source, universal):
     assert evaluation.origin({"x": found}) == dict(commit="a, b", device="cpu")
     losses = evaluation.loss_table({"universal": [universal]}, digits)
     assert (losses.bits_per_pixel / losses.loss).tolist() == pytest.approx([16 / math.log(2) / 64] * 10)
-
-
-def test_a_teachers_forward_pass_counts(source):
-    plain = tiny(options=(("conditioning", "film"),))
-    taught = plain.with_(model="distilled", start=tiny_source())
-    more = plain.shape(16).n_operations() * 40 * 10 * 4 * 16
-    assert experiment.operations(taught) == experiment.operations(plain) + experiment.operations(tiny_source()) + more
 
 
 def test_only_training_images_shape_a_model(digits, source, monkeypatch):

@@ -133,6 +133,8 @@ PIXELS, LABELS = np.zeros((4, 8, 8, 1), np.float32), np.array([0, 1, 0, 1])
         (PIXELS, LABELS / 2, r"labels of shape \(4,\), float64; allowed"),
         (PIXELS, LABELS + 1, "labels from 1 to 2; allowed: 0 to 1, one a name"),
         (PIXELS, LABELS - 1, "labels from -1 to 0; allowed"),
+        (torch.from_numpy(PIXELS), LABELS, "pixels are a Tensor; allowed: an array of numpy"),
+        (PIXELS, torch.from_numpy(LABELS), "labels are a Tensor; allowed: an array of numpy"),
     ],
 )
 def test_arrays_that_are_no_images_are_refused(x, y, said):
@@ -644,15 +646,6 @@ def test_what_a_maker_of_ones_own_gives_is_part_of_the_key(monkeypatch, digits):
         assert experiment.folder_of(about) == folders[-1] != experiment.folder_of(scarce)
     assert len(set(folders)) == 4 and folders[0] == folders[-1]
     assert file.mock_calls == 5 * [call("kinds", 16, 4, 4)], "once each"
-
-
-@pytest.mark.parametrize("which", ["pixels", "labels"])
-def test_tensors_are_no_arrays(which):
-    pair = [np.zeros((2, 8, 8, 1), np.float32), np.arange(2)]
-    place = ("pixels", "labels").index(which)
-    pair[place] = torch.from_numpy(pair[place])
-    with pytest.raises(DataError, match=f"train images of 'mine': {which} are a Tensor; allowed: an array of numpy"):
-        Images("mine", "", ("cat", "dog"), tuple(pair), tuple(pair))
 
 
 def test_a_data_set_in_colour_by_name(cifar):

@@ -111,9 +111,8 @@ def test_more_processes_than_tasks_are_refused(digits):
 
 
 @pytest.mark.slow
-def test_jobs_give_the_runs_that_this_process_gives(other_runs, universal, monkeypatch):
+def test_jobs_give_the_runs_that_this_process_gives(other_runs, universal, monkeypatch, submitit):
     """Two jobs, of which one is wrong: that is said after the other is saved."""
-    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
     monkeypatch.setenv("PYTHONPATH", ENV["PYTHONPATH"])
     monkeypatch.setenv("PROJECTABLE_EXECUTOR", "local")
     monkeypatch.setattr(experiment, "workers", lambda: 2)
@@ -130,8 +129,7 @@ def test_jobs_give_the_runs_that_this_process_gives(other_runs, universal, monke
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_jobs(other_runs, tmp_path):
-    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+def test_ctrl_c_ends_jobs(other_runs, tmp_path, submitit):
     config = tiny(steps=100_000, checkpoint_every=20)
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
     command = [sys.executable, "-m", "projectable", "train", str(tmp_path / "config.json"), "--executor", "local"]
@@ -151,8 +149,7 @@ def test_ctrl_c_ends_jobs(other_runs, tmp_path):
     assert load_tensors(checkpoint)[1]["step"] == step >= 20 and not is_done(config)
 
 
-def test_unknown_executors_are_named(other_runs, monkeypatch):
-    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+def test_unknown_executors_are_named(other_runs, monkeypatch, submitit):
     with pytest.raises(ValueError, match="unknown executor 'moon'; allowed: local, slurm"):
         run_many([tiny()], executor="moon")
     monkeypatch.setitem(sys.modules, "submitit", None)
@@ -160,25 +157,21 @@ def test_unknown_executors_are_named(other_runs, monkeypatch):
         Jobs("local", other_runs, 1)
 
 
-def test_what_slurm_is_told_has_to_be_json(other_runs, monkeypatch):
-    submitit = pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+def test_what_slurm_is_told_has_to_be_json(other_runs, monkeypatch, submitit):
     monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))
     monkeypatch.setenv("PROJECTABLE_SLURM", "partition=gpu")
     with pytest.raises(ValueError, match="PROJECTABLE_SLURM='partition=gpu'; allowed: a JSON object"):
         Jobs("slurm", other_runs, 1)
 
 
-def test_local_jobs_see_the_gpus(other_runs, monkeypatch):
-    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+def test_local_jobs_see_the_gpus(other_runs, monkeypatch, submitit):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     jobs = Jobs("local", other_runs, 1)
     assert jobs.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result(timeout=60) == "0,1"
 
 
-def test_slurm_gets_what_the_user_says(other_runs, monkeypatch):
+def test_slurm_gets_what_the_user_says(other_runs, monkeypatch, submitit):
     """As submitit would send it: no cluster is needed to see the script."""
-    submitit = pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
-
     monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))
     monkeypatch.setenv("PROJECTABLE_SLURM", json.dumps(dict(slurm_partition="night", timeout_min=90, mem_gb=8)))
     executor = Jobs("slurm", other_runs, 1).executor._executor
@@ -210,8 +203,7 @@ class Job:
         self.cancelled = True
 
 
-def test_a_job_that_was_being_handed_in_at_ctrl_c_is_cancelled_too(other_runs):
-    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+def test_a_job_that_was_being_handed_in_at_ctrl_c_is_cancelled_too(other_runs, submitit):
     jobs = Jobs("local", other_runs, 1)
     jobs.executor = Job(0.5)
     future = jobs.submit(print)
@@ -220,8 +212,7 @@ def test_a_job_that_was_being_handed_in_at_ctrl_c_is_cancelled_too(other_runs):
     assert isinstance(future.exception(timeout=10), CancelledError) and jobs.executor.cancelled
 
 
-def test_a_job_that_was_lost_says_what_is_known(other_runs):
-    submitit = pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+def test_a_job_that_was_lost_says_what_is_known(other_runs, submitit):
     jobs = Jobs("local", other_runs, 1)
     words = "Job 7 has not produced any output (state: NODE_FAIL)\n-----\n"
     jobs.executor = Job(error=submitit.core.utils.UncompletedJobError(words))

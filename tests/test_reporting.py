@@ -9,7 +9,6 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -71,6 +70,11 @@ import os
 from pathlib import Path
 run = Path(os.environ["PROJECTABLE_RUNS"]) / "new"; run.mkdir(); (run / "result.json").touch()
 """
+
+
+STATUS = dataclasses.asdict(Status("n", "t", "laptop", "ok", 1.0))
+FOUND = dict(id="c", claim="x", statistic="gap", value=0.1, ci_low=0.0, ci_high=0.2, seeds=3, tasks=10, notebook="00_a")
+FOUND |= dict(profile="laptop", device="cpu", commit="new", verdict="inconclusive")
 
 
 def write_notebook(folder: Path, name: str, *code: str, text: str = TEXT, parameters='profile = "laptop"\nseeds = 5'):
@@ -181,8 +185,7 @@ def test_a_page_from_finished_runs_tells_what_they_took_to_train(project, monkey
 
 
 @pytest.mark.slow
-def test_notebooks_as_jobs_leave_what_they_leave_in_order(project, monkeypatch):
-    pytest.importorskip("submitit", reason="submitit is not installed (extra: cluster)")
+def test_notebooks_as_jobs_leave_what_they_leave_in_order(project, monkeypatch, submitit):
     monkeypatch.setenv("PROJECTABLE_RUNS", str(project / "runs"))
     monkeypatch.delenv("PROJECTABLE_EXECUTOR", raising=False)
     write_notebook(project, "00_bad", 'raise RuntimeError("no luck")', text="# Bad one")
@@ -407,12 +410,10 @@ def test_index_without_results_and_while_running(project):
 
 def test_the_index_finds_every_run_that_is_kept(project):
     write_notebook(project, "00_a")
-    claim = dict(id="c", claim="x", statistic="gap", value=0.1, ci_low=0.0, ci_high=0.2, seeds=3, notebook="00_a")
-    claim |= dict(tasks=10, profile="laptop", device="cpu", commit="new", verdict="inconclusive")
     (project / "reports/results").mkdir(parents=True)
-    (project / "reports/claims.json").write_text(json.dumps([claim]))
+    (project / "reports/claims.json").write_text(json.dumps([FOUND]))
     for name, verdict in (("another", "inconclusive"), ("third", "reproduced")):
-        table = pd.DataFrame([claim | dict(verdict=verdict, commit=name)])
+        table = pd.DataFrame([FOUND | dict(verdict=verdict, commit=name)])
         table.to_csv(project / f"reports/results/claims_{name}_run.csv", index=False)
     reporting.build_index("laptop")
     html = (project / "reports/index.html").read_text()
@@ -421,8 +422,7 @@ def test_the_index_finds_every_run_that_is_kept(project):
 
 
 def test_only_what_was_run_is_set_beside_other_runs(project, monkeypatch, capsys):
-    claim = dict(id="c", claim="x", statistic="gap", value=0.1, ci_low=0.0, ci_high=0.2, seeds=3, notebook="01_b")
-    claim |= dict(tasks=10, profile="laptop", device="cpu", commit="new", verdict="inconclusive")
+    claim = FOUND | dict(notebook="01_b")
     for name in ("00_a", "01_b"):
         write_notebook(project, name)
     reporting.write_results(project / "reports/results/claims/01_b.json", [claim])
@@ -481,10 +481,7 @@ def test_a_claim_is_shown_by_its_own_figure(tmp_path):
         "other",
     )
     claims = [common | dict(id=id, claim=id, notebook="n" if id != "other" else "m") for id in ids]
-    status = dict(
-        notebook="n", title="", status="ok", figure="first", seconds=1.0, budget=None, page=True, trained=None
-    )
-    status |= dict(profile="laptop", device="", commit="", finished="", error="", before=None)
+    status = STATUS | dict(figure="first", budget=None, page=True)
     html = pages.index_html("laptop", claims, [status], tmp_path, [])
     table = html[html.index('<table class="rows claims">') :]
     shown = [base64.b64decode(found) for found in re.findall(r'class="thumb">.*?base64,([^"]+)', table)]
@@ -527,10 +524,8 @@ def test_a_page_begins_with_what_was_found():
             (32, 12.3, "inconclusive"),
         )
     ]
-    status = {"seconds": 1.0, "profile": "laptop", "device": "", "commit": "", "finished": "", "title": "t"}
-    status |= {"notebook": "n", "status": "ok", "error": ""}
     nb = new_notebook(cells=[new_markdown_cell("Why?")])
-    html = pages.notebook_html(nb, status, Path("."), claims)
+    html = pages.notebook_html(nb, STATUS, Path("."), claims)
     top = html[html.index('class="outcome"') : html.index("</section>")]
     assert html.index("<h1>") < html.index(top) < html.index("<p>Why?")
     assert "? 2 inconclusive, ✗ 1 not reproduced" in top and top.count("Small &lt;wins&gt;") == 1
@@ -541,10 +536,10 @@ def test_a_page_begins_with_what_was_found():
     assert cells == [("width 8", "✗ −0.012"), ("width 16", "? 0.200"), ("width 32", "? 12.3")]
     assert "<small>gap</small>" in top and pages.LEGEND in top, "a unit that is not nats per token is said"
     assert "trained by commit abc" in html
-    again = status | dict(commit="old")
+    again = STATUS | dict(commit="old")
     assert "page made by" not in html and "page made by" not in pages.notebook_html(nb, again, Path("."), made_by="old")
     assert "page made by commit new" in pages.notebook_html(nb, again, Path("."), made_by="new")
-    assert 'class="outcome"' not in pages.notebook_html(nb, status, Path("."))
+    assert 'class="outcome"' not in pages.notebook_html(nb, STATUS, Path("."))
 
 
 def test_claims_of_one_question_share_a_row_whoever_was_chosen_for_it():
@@ -636,8 +631,7 @@ def test_words_become_a_page_that_loads_nothing(project):
     assert 'href="04_x.html"' in html and "<math" in html and "<strong>bold</strong>" in html
     assert html.count("What was found</h1>") == 1 and Addresses(html).loaded == []
     assert '<h2 id="the-papers-claims">' in html and 'href="03_y.html"' in html
-    claim = dict(id="c", claim="x", statistic="gap", value=0.1, ci_low=0.0, ci_high=0.2, seeds=3, notebook="00_a")
-    (project / "reports/claims.json").write_text(json.dumps([claim | dict(commit="a", verdict="inconclusive")]))
+    (project / "reports/claims.json").write_text(json.dumps([FOUND]))
     reporting.build_index("laptop")
     assert 'href="findings.html"' in (project / "reports/index.html").read_text()
 
@@ -819,8 +813,7 @@ def test_report_renders_again_without_running(project):
 
 def test_html_that_markdown_mixes_in_stays_whole():
     nb = new_notebook(cells=[new_markdown_cell("a <small>b</small> c\n\n<details>\n\n*d*\n\n</details>")])
-    status = {"seconds": 1.0, "profile": "laptop", "device": "", "commit": "", "finished": "", "title": "t"}
-    html = pages.notebook_html(nb, status | {"notebook": "n", "status": "ok", "error": ""}, Path("."))
+    html = pages.notebook_html(nb, STATUS, Path("."))
     assert "a <small>b</small> c" in html and re.search(r"<details>\s*<p><em>d</em></p>\s*</details>", html)
 
 
@@ -959,7 +952,7 @@ def test_readme_shows_every_claim_with_failures_in_sight(tmp_path, monkeypatch):
     ]
     reporting.write_results(tmp_path / "reports" / "claims.json", claims)
     for _ in range(2):  # a second time changes nothing
-        reporting.write_claims()
+        reporting.write_claims("laptop")
     text = readme.read_text()
     found = "width 8: reproduced, −0.200 [−0.300, −0.100]<br>width 16: **{}**, −0.200 [−0.300, −0.100]"
     rows = [f"| a {id} wins<br><sub>gap</sub> |" for id in ("headline", "conditioning.x", "conditioning.y")]
@@ -971,16 +964,14 @@ def test_readme_shows_every_claim_with_failures_in_sight(tmp_path, monkeypatch):
     assert "old" not in text and text.startswith("# a\n") and text.endswith("<!-- /claims -->\n\nend\n")
 
 
-def test_a_notebook_that_failed_does_not_take_its_claims_from_the_readme(project, monkeypatch):
-    write_notebook(project, "00_a", "1")
-    written, states = [], iter(["ok", "failed"])
-    monkeypatch.setattr(reporting, "is_reference", lambda profile: True)
-    monkeypatch.setattr(reporting, "write_claims", lambda: written.append(1))
-    monkeypatch.setattr(reporting, "read_status", lambda path, profile: SimpleNamespace(status=next(states)))
-    reporting._write_claims("laptop")
-    assert written == [1]
-    reporting._write_claims("laptop")
-    assert written == [1]
+def test_a_notebook_that_failed_does_not_take_its_claims_from_the_readme(project):
+    path, readme = write_notebook(project, "00_a", "1"), project / "README.md"
+    reporting.write_results(project / "reports" / "claims.json", [FOUND])
+    for state in ("failed", "ok"):
+        readme.write_text(before := "a <!-- claims: x --> b <!-- /claims -->")
+        Status(path.stem, "A", "laptop", state).write()
+        reporting.write_claims("laptop")
+        assert (readme.read_text() == before) == (state == "failed")
 
 
 def test_the_kernel_is_that_of_this_python_and_takes_all_threads_where_nothing_runs_beside(project, monkeypatch):
@@ -1010,8 +1001,5 @@ def test_places_may_begin_with_a_tilde(project, monkeypatch):
 def test_a_page_does_not_say_where_ones_own_images_lie():
     cell = new_code_cell('folder = "/home/ann/of a client/pets"\nd_s = 8', metadata=dict(tags=["injected-parameters"]))
     nb = new_notebook(cells=[new_markdown_cell("# A"), cell, new_code_cell('open("/home/ann/else")')])
-    status = dict(
-        notebook="00_a", seconds=1.0, profile="laptop", device="", commit="", finished="", status="ok", error=""
-    )
-    html = pages.notebook_html(nb, status, Path("."))
+    html = pages.notebook_html(nb, STATUS, Path("."))
     assert "client" not in html and "…/pets" in html and "/home/ann/else" in html

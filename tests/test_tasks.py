@@ -164,10 +164,6 @@ def test_a_number_is_no_name(digits):
     assert [data.task_id(task) for task in ("1", 1, 0)] == [0, 1, 0]
 
 
-def test_a_name_goes_before_a_number(digits):
-    assert two_tasks(digits, ("1", "0")).task_id("1") == 0
-
-
 def two_tasks(digits, names: tuple[str, ...], **tokens) -> TaskData:
     """The first two of the digits under these names; `tokens` of a split in place of its own."""
     return TaskData("mine", names, {split: x[:2] for split, x in digits.tokens.items()} | tokens, digits.codebook)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny, tiny_projectable, tiny_source
 from test_arms import PROFILE, study  # noqa: F401
-from test_reporting import project, write_notebook  # noqa: F401
+from test_reporting import FOUND, project, write_notebook  # noqa: F401
 
 import projectable
 from projectable import experiment, reporting, tasks, training
@@ -91,11 +91,9 @@ def test_only_the_reference_run_writes_its_claims_into_the_readme(project, monke
     (project / "README.md").write_text(before := "a <!-- claims: x --> b <!-- /claims -->")
     monkeypatch.setenv("PROJECTABLE_REPORTS", str(project / "own") if own else "")
     write_notebook(project, "00_a")
-    claim = dict(id="headline.d8", claim="c", statistic="s", value=0.1, ci_low=0.0, ci_high=0.2, seeds=3, tasks=10)
-    claim |= dict(verdict="inconclusive", commit="a", device="cpu", profile="laptop", notebook="00_a")
 
     def run(path, *_):
-        reporting.write_results(reporting.reports_dir("laptop") / "results" / "claims" / "00_a.json", [claim])
+        reporting.write_results(reporting.reports_dir("laptop") / "results" / "claims" / "00_a.json", [FOUND])
         return reporting.Status(path.stem, "A", "laptop", "ok", 1.0)
 
     monkeypatch.setattr(reporting, "run_notebook", run)

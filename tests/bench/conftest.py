@@ -1,6 +1,7 @@
 """Collects what the benchmarks compared, and writes it as a table that the index shows."""
 
 import time
+from statistics import median
 
 import pandas as pd
 import pytest
@@ -18,10 +19,6 @@ def seconds(function) -> float:
     start = time.process_time()
     function()
     return time.process_time() - start
-
-
-def median(values) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 @pytest.fixture(scope="session", autouse=True)
