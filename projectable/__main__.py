@@ -356,7 +356,8 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        sys.exit(f"error: {str(error) or type(error).__name__}")
+        words = str(error).partition("\nException raised from")[0]  # and a trace of C++, of torch's own errors
+        sys.exit(f"error: {words or type(error).__name__}")
 
 
 if __name__ == "__main__":

@@ -396,7 +396,7 @@ class Study(Compared):
                 raise ValueError(f"unknown middles of sweeps {wanted!r}; allowed: {', '.join(MIDDLES)}")
         self.maps, self.options, self.middles = maps, options or {}, MIDDLES.get(middles, {})
         self.rivals = rivals
-        self.data, self.sizes = replace(profile.data, tasks=tasks), sizes or profile.sizes
+        self.data, self.sizes = replace(profile.data, tasks=tasks), replace(profile, sizes=sizes or profile.sizes).sizes
         self.arms, self.family = (MASKED, "masked_") if masked else (EVERY, "")
         for name in self.options:
             if name not in self.arms:

@@ -29,6 +29,7 @@ PRECISIONS = ("float32", "bfloat16")
 # what a config may say
 AT_LEAST_1 = ("d_source", "n_layers", "steps", "tasks_per_step", "images_per_task", "eval_every", "checkpoint_every")
 AT_LEAST_0 = ("warmup", "val_images", "patience")
+AT_MOST = dict(d_source=2**16, n_layers=1000, val_images=10**6)
 NO_START = ("universal", "hypernetwork", "support_universal", "hard_mixture", "masked_universal")
 ONE_SIZE = (
     *NO_START,
@@ -51,7 +52,7 @@ OF_OTHER_DATA = {  # whose start may be of other data
     "adapted": ("projectable", "universal", "hypernetwork", "source", "distilled", "adapted"),
 }
 NEED_START = (*STARTS, *OF_OTHER_DATA, "distilled_specialists")
-MOST_IMAGES = 10**9  # that a training may draw: their order is held in memory, 8 bytes each
+MOST_IMAGES = 10**8  # that a training may draw: their order is held in memory, 8 bytes each
 
 
 def _at_least(config, least: int, *names: str) -> None:
@@ -198,6 +199,9 @@ class RunConfig:
             raise ValueError(f"unknown precision {self.precision!r}; allowed: {', '.join(PRECISIONS)}")
         _at_least(self, 1, *AT_LEAST_1)
         _at_least(self, 0, *AT_LEAST_0)
+        for name, most in AT_MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name}={getattr(self, name)}; allowed: up to {most}")
         if not self.clip > 0:
             raise ValueError(f"clip={self.clip}; allowed: more than 0")
         rates = {f"lr of {member}": lr for member, lr in self.rates().items() if member != "source"}
@@ -211,8 +215,8 @@ class RunConfig:
             raise ValueError(f"{product}={self.images_per_task}; allowed: up to {MOST_IMAGES} images")
         if len(set(self.sizes)) < len(self.sizes):
             raise ValueError(f"sizes={list(self.sizes)}; allowed: each once")
-        if any(size < 1 for size in self.sizes):
-            raise ValueError(f"sizes={list(self.sizes)}; allowed: 1 or more")
+        if any(not 1 <= size <= AT_MOST["d_source"] for size in self.sizes):
+            raise ValueError(f"sizes={list(self.sizes)}; allowed: 1 to {AT_MOST['d_source']}")
         if self.model in GOES_ON and self.sizes:
             raise ValueError(f"sizes={list(self.sizes)}; allowed for {self.model!r}: none")
         if self.model in NEED_START and not self.sizes:
@@ -295,6 +299,14 @@ class Profile:
     n_clusters: int = 64
     eval_every: int = 200
     val_images: int = 100
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the value and what is allowed."""
+        _typed(self)
+        _at_least(self, 1, "trials", "max_trials", "n_clusters", "source_steps", "joint_steps")
+        for name in ("sizes", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}=(); allowed: one or more")
 
     @property
     def clusters(self) -> DataConfig:
@@ -395,7 +407,8 @@ def read_config(path: str | Path, models: Collection[str]) -> RunConfig:
         raise ConfigError(f"{path} does not exist; allowed: a config as JSON, as config.json in every run") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no JSON ({error})" + (f": {again}" if of_run else "")) from None
-    if isinstance(found, dict) and "sha256" in found:  # a run's own: what it says has to be what was trained
+    trained = of_run and (path.parent / "result.json").exists()
+    if isinstance(found, dict) and ("sha256" in found or trained):  # a run's own has to say what was trained
         try:
             found = read_json(path)
         except DamagedFile as error:

@@ -72,7 +72,7 @@ from .storage import (
     write_json,
 )
 from .tasks import FEW, Codebook, TaskData, few, make_tasks, text
-from .tasks.images import LOADERS, content_key, given_by
+from .tasks.images import LOADERS, content_key, given_by, looked_at_once
 from .training import DivergedError, Jobs, Outcome, Team, split_losses, train
 from .transformer import Products
 
@@ -143,7 +143,7 @@ def data_for(config: DataConfig) -> TaskData:
 @cache
 def _data_for(config: DataConfig, code: str) -> TaskData:
     key = hashlib.sha256((json.dumps(asdict(config)) + code).encode()).hexdigest()[:12]
-    words = re.sub(r"[^\w.-]+", "-", f"{Path(config.dataset).name}-{config.tasks}")  # a folder is named by its path
+    words = re.sub(r"[^\w.-]+", "-", f"{Path(config.dataset).name}-{config.tasks}")[:40]  # a folder has any name
     path = runs_dir() / f"data-{words}-{key}.safetensors"
     if not path.exists():
         with locked(path.with_suffix(".lock")):
@@ -226,7 +226,7 @@ def _check_options(config: RunConfig) -> None:
                 raise ValueError(f"option {option}={value!r}; allowed: {words}")
 
 
-BOUNDS = ((("z_dim", "n_experts"), 1, math.inf, "1 or more"), (("share",), 0, 1, "0 to 1"))  # of options
+BOUNDS = ((("z_dim", "n_experts"), 1, 2**16, f"1 to {2**16}"), (("share",), 0, 1, "0 to 1"))  # of options
 KINDS = {  # of options, as signatures say them
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
@@ -474,6 +474,7 @@ TAUGHT = {
 }
 
 
+@looked_at_once()
 def operations(config: RunConfig) -> float:
     """Multiply-adds of a run's training, its start and the generation of small weights included.
 
@@ -649,6 +650,7 @@ def chain(config: RunConfig) -> list[RunConfig]:
     return [*(chain(config.start) if config.start else []), config]
 
 
+@looked_at_once()
 def folder_of(config: RunConfig) -> Path:
     """The run's folder."""
     key = hashlib.sha256((config.key() + _run_code(config)).encode()).hexdigest()[:12]
@@ -699,8 +701,9 @@ def run(
 
 
 def _train(config: RunConfig, folder: Path, report: Report | None, stop: Callable[[], bool] | None, team: Team) -> None:
-    data = data_for(config.data)
-    model = _placed(build(config, data))
+    with looked_at_once():  # what it starts from is there
+        data = data_for(config.data)
+        model = _placed(build(config, data))
     team.first(lambda: _prepare(config, folder))
     checkpoint = folder / "checkpoint.safetensors"
     outcome = train(model, data, config, checkpoint, report, stop=stop, team=team)
@@ -759,14 +762,15 @@ def _work(config: RunConfig, folder: Path, test: bool, threads: int = 0) -> None
     """One run, in a worker; or as a job on a cluster, on as many threads as beside others here: the same numbers."""
     if threads:
         torch.set_num_threads(threads)
-    if folder_of(config) != folder:
-        raise RuntimeError(
-            f"code or images were changed while this process ran: start it again (a worker would write {folder}); or "
-            "data, a family or a conditioning were registered where a worker does not come by, in a notebook or under "
-            "`__main__`: put them into a module that is imported there, or set PROJECTABLE_WORKERS=1"
-        )
-    if not is_done(config):
+    with looked_at_once():
+        if folder_of(config) != folder:
+            raise RuntimeError(
+                f"code or images were changed while this process ran: start it again (a worker would write {folder}); "
+                "or data, a family or a conditioning were registered where a worker does not come by, in a notebook or "
+                "under `__main__`: put them into a module that is imported there, or set PROJECTABLE_WORKERS=1"
+            )
         share = _own_operations(config) / config.steps
+    if not Run(config, folder).is_done():
         seen = 0
 
         def report(step: int, steps: int, loss: float) -> None:
@@ -837,7 +841,8 @@ def run_many(
     executor and, before anything is trained, for options that a model or a family does not take.
     """
     executor = os.environ.get("PROJECTABLE_EXECUTOR", "") if executor is None else executor
-    runs = [Run(c, folder_of(c)) for c in configs]
+    with looked_at_once():
+        runs = [Run(c, folder_of(c)) for c in configs]
     todo = {r.folder: r.config for r in runs if not r.is_done(test) and not (diverging and r.has_diverged)}
     if not todo:
         return runs
@@ -855,8 +860,9 @@ def run_many(
             todo = {f: c for f, c in todo.items() if f not in held and (f not in starts or starts[f].is_done())}
     for data in {c.data for c in todo.values()}:
         data_for(data)
-    order = sorted(todo.values(), key=operations, reverse=True)  # so that the cores end together
-    rest = {folder: _own_operations(c) if folder in undone else 0.0 for folder, c in todo.items()}
+    with looked_at_once():
+        order = sorted(todo.values(), key=operations, reverse=True)  # so that the cores end together
+        rest = {folder: _own_operations(c) if folder in undone else 0.0 for folder, c in todo.items()}
     bar = tqdm(
         total=sum(rest.values()) / 1e9,
         unit="GMAC",

@@ -334,12 +334,13 @@ def image_grid(images, row_labels=None, captions=None) -> Figure:
     for row, words in enumerate(captions if captions is not None else ()):
         for column, text in enumerate(words):
             x, y = column * (width + gap) + width / 2, row * (height + below) + height + below / 8
-            ax.text(x, y, text, ha="center", va="top", fontsize=7)
+            ax.text(x, y, text, ha="center", va="top", fontsize=7, parse_math=False)
     ax.grid(False)
     ax.spines[:].set_visible(False)
     ax.set_xticks([])
     centres = [row * (height + below) + height / 2 for row in range(rows)]
-    ax.set_yticks(centres if row_labels is not None else [], row_labels)
+    labels = [] if row_labels is None else row_labels
+    ax.set_yticks(centres if len(labels) else [], labels, parse_math=False)  # classes have any name
     ax.tick_params(length=0)
     return fig
 

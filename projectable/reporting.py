@@ -210,7 +210,7 @@ def _styled(df, caption):
     numeric = [column for column in df.columns if df[column].dtype.kind in "iuf"]
     forms = dict.fromkeys(df.columns, pages.number)
     forms |= {c: pages.numbers(df[c].tolist()) if c not in RATES else "{:g}".format for c in numeric}
-    style = df.style.format(forms).hide(axis="index")
+    style = df.style.format(forms, escape="html").hide(axis="index")  # classes have any name
     style = style.set_table_styles({c: [{"selector": "", "props": "text-align: right"}] for c in numeric})
     return style.set_caption(caption) if caption else style
 
@@ -662,7 +662,7 @@ def _beside_others() -> None:
 def report(profile: str) -> int:
     """Make the pages and the index again from the executed notebooks, without running anything."""
     with lock(profile):
-        executed = [path for path in notebook_paths() if executed_path(path, profile).exists()]
+        executed = [path for path in select_notebooks(None) if executed_path(path, profile).exists()]
         for path in executed:
             render(path, read_status(path, profile), [path.stem for path in executed])
         merge_claims(profile)

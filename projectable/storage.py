@@ -30,10 +30,12 @@ import textwrap
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from fractions import Fraction
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -178,7 +180,7 @@ def read_json(path: Path) -> dict:
     """What `write_json` wrote; raises DamagedFile where it says anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise DamagedFile(f"{path} is damaged ({error}): delete it and run again") from None
     if not isinstance(value, dict) or value.pop("sha256", None) != checksum(value):
         raise DamagedFile(f"{path} is damaged (its checksum differs): delete it and run again")
@@ -281,8 +283,8 @@ def _forms(word: str) -> set[str]:
 
 def _bare(value: Any) -> Any:
     """A function without decorators and given arguments; anything else as it is."""
-    while isinstance(value, partial):
-        value = value.func
+    while isinstance(value, partial | MethodType):
+        value = value.func if isinstance(value, partial) else value.__func__
     return inspect.unwrap(value) if callable(value) else value
 
 
@@ -303,8 +305,10 @@ def in_words(value: Any) -> str:
     import numpy
     import torch
 
-    if isinstance(value, (*PLAIN, range, torch.dtype)):
+    if isinstance(value, (*PLAIN, range, slice, Fraction, torch.dtype)):
         return repr(value)
+    if isinstance(value, Enum):
+        return f"{value} {in_words(value.value)}"
     if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
         return _digest({"": value.resolve_conj().resolve_neg()}, "")
     if isinstance(value, numpy.ndarray | numpy.generic) and not value.dtype.hasobject:

@@ -443,9 +443,12 @@ class _Losses(nn.Module):
 @contextlib.contextmanager
 def team() -> Iterator[Team]:
     """The team that torchrun's environment describes, for as long as it is needed; else this process alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    said = os.environ.get("WORLD_SIZE") or "1"
+    if said == "1":
         yield Team()
         return
+    if not said.isdecimal() or "LOCAL_RANK" not in os.environ:
+        raise ValueError(f"WORLD_SIZE={said!r} without what torchrun sets beside it; allowed: unset, or under torchrun")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

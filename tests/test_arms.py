@@ -19,6 +19,23 @@ from projectable.transformer import Shape
 PROFILE = replace(get_profile("smoke"), trials=3, max_trials=6)
 
 
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(trials=0), "trials=0; allowed: 1 or more"),
+        (dict(seeds=()), r"seeds=\(\); allowed: one or more"),
+        (dict(sizes=8), "sizes=8; allowed: a list of int"),
+        (dict(sizes=("8",)), "sizes='8'; allowed: int"),
+    ],
+)
+def test_what_a_profile_or_a_study_says_is_checked(changes, said):
+    with pytest.raises(ValueError, match=said):
+        replace(PROFILE, **changes)
+    if "sizes" in changes:
+        with pytest.raises(ValueError, match=said):
+            Study(PROFILE, **changes)
+
+
 @pytest.fixture
 def study(monkeypatch):
     """A study whose runs end at once with the loss that `study.loss(config, member)` gives; `study.asked` keeps all."""

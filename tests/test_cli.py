@@ -138,6 +138,9 @@ def test_a_config_that_a_finished_run_lost_is_written_again(other_runs, tmp_path
         call("train", path)
         assert kept.read_bytes() == before and find_run(folder).config == tiny(steps=2)
         kept.unlink()
+    written(folder, asdict(tiny(steps=2, seed=7)))  # without a checksum, as one is written by hand
+    with pytest.raises(DamagedFile, match=damaged):
+        find_run(folder.name)
 
 
 def test_a_stopped_training_says_how_it_goes_on(other_runs, tmp_path, monkeypatch, capsys):

@@ -218,6 +218,7 @@ def test_links_to_folders_are_followed_once(pets, tmp_path):
     (pets / "cats" / "linked").symlink_to(more / "elsewhere")
     (pets / "cats" / "again").symlink_to(more / "elsewhere")
     (pets / "cats" / "round").symlink_to(pets / "cats")
+    (pets / "cats" / "up").symlink_to(pets)  # which holds the dogs, too
     assert read_folder(pets, patch=2)[0].counts == {"all": [20, 10, 10]}
 
 
@@ -231,10 +232,46 @@ def test_a_folder_that_cannot_be_read_is_named(pets, monkeypatch):
         load_folder(pets, patch=2)
 
 
-def test_grey_values_of_no_known_range_are_listed_as_broken(pets):
-    Image.fromarray(GREY.astype(np.float32) / 255).save(pets / "cats" / "float.tiff")
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_grey_values_of_no_known_range_are_listed_as_broken(pets, kind):
+    Image.fromarray(GREY.astype(kind)).save(pets / "cats" / "wide.tiff")
     found, _ = read_folder(pets)
-    assert len(found.broken) == 1 and "float.tiff" in str(found.broken[0])
+    assert len(found.broken) == 1 and "wide.tiff" in str(found.broken[0])
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_an_image_that_is_to_be_turned_keeps_its_pixels(tmp_path, suffix):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        Image.fromarray(GREY[:4]).save(tmp_path / folder / f"x.{suffix}", exif=turned)
+    found, parts = read_folder(tmp_path)
+    assert (found.height, found.width) == (8, 4)
+    np.testing.assert_array_equal(parts["all"][0][0, ..., 0], np.rot90(GREY[:4], -1))
+
+
+def test_a_patch_larger_than_images_stay_is_refused(pets):
+    with pytest.raises(DataError, match="patch=65 for images of .*pets; allowed: 1 to 64"):
+        read_folder(pets, patch=65)
+
+
+def test_a_folder_is_walked_once_where_it_is_looked_at_once(pets, monkeypatch):
+    walks, find = [], images._image_files
+    monkeypatch.setattr(images, "_image_files", lambda path: walks.append(path) or find(path))
+    name = f"folder:{pets}"
+    with images.looked_at_once():
+        before = {content_key(name) for _ in range(3)}
+        with images.looked_at_once():
+            before.add(content_key(name))
+        assert len(before) == len(walks) == 1
+    (pets / "cats" / "0.png").unlink()
+    assert content_key(name) not in before and len(walks) == 2
+
+
+def test_a_folder_may_have_the_longest_name_there_is(tmp_path, other_runs):
+    folder = write_images(tmp_path / ("猫" * 80))
+    assert data_for(DataConfig(f"folder:{folder}", patch=2, vocab_size=16)).n_tasks == 3
 
 
 def test_one_image_in_colour_makes_all_so_and_grey_in_three_channels_is_grey(tmp_path):
@@ -618,6 +655,33 @@ def test_other_images_of_a_loader_of_ones_own_are_other_data(monkeypatch, other_
     ours = content_key("digits")
     monkeypatch.setitem(LOADERS, "digits", LOADERS["mine"])
     assert ours == "" and content_key("digits") == content_key("mine"), "one of ours that was put in place of"
+
+
+@pytest.mark.parametrize(
+    "loader, said",
+    [
+        (lambda: (PIXELS, LABELS), "the loader 'mine' gives a tuple; allowed: Images"),
+        (
+            images.Images("mine", "", ("a", "b"), *[(PIXELS, LABELS)] * 2),
+            r"LOADERS\['mine'\] is a Images; allowed: a f",
+        ),
+        (
+            lambda: images.Images("mine", "", ("a", "b"), PIXELS, PIXELS),
+            r"train of 'mine' is a ndarray; allowed: \(pix",
+        ),
+    ],
+)
+def test_a_loader_that_gives_no_images_is_refused(monkeypatch, loader, said):
+    monkeypatch.setitem(LOADERS, "mine", loader)
+    for ask in (content_key, images.load_images):
+        if ask is images.load_images or not said.startswith("the"):
+            with pytest.raises(DataError, match=said):
+                ask("mine")
+
+
+def test_images_of_ones_own_may_take_the_place_of_ours(monkeypatch, other_runs):
+    monkeypatch.setitem(LOADERS, "digits", lambda: Images("mine", "", ("cat", "dog"), *[(PIXELS, LABELS)] * 2))
+    assert data_for(DataConfig("digits", vocab_size=1, val_per_class=1)).task_names == ("cat", "dog")
 
 
 def test_a_loader_entered_in_the_file_is_asked_for_its_images():

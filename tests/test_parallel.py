@@ -278,3 +278,7 @@ def test_without_torchrun_a_process_is_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with training.team() as team:
         assert (team.rank, team.size, team.first(lambda: 3)) == (0, 1, 3)
+    for said in ("2", "many"):  # a cluster may set it
+        monkeypatch.setenv("WORLD_SIZE", said)
+        with pytest.raises(ValueError, match=f"WORLD_SIZE='{said}' without .*; allowed: unset, or under torchrun"):
+            training.team().__enter__()

@@ -1,5 +1,7 @@
 """The figures say what the data says, in the colours fixed for each family."""
 
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -160,6 +162,11 @@ def test_matrix_writes_its_numbers_and_labels():
     assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b"] and not ax.patches
     framed = plotting.matrix(np.eye(3), diagonal=True).axes[0].patches
     assert [(frame.get_x(), frame.get_y()) for frame in framed] == [(i, i) for i in range(3)]
+
+
+def test_rows_and_captions_may_hold_dollars():
+    fig = plotting.image_grid(np.zeros((1, 1, 8, 8)), ["$0_to_$50"], [["$_$"]])
+    fig.savefig(io.BytesIO(), format="png")  # formulas are parsed where they are drawn
 
 
 def test_captions_stand_below_their_images():

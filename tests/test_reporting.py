@@ -396,6 +396,8 @@ def test_tables_are_in_words(tmp_path):
     for words in ("one map for all tasks (StaticToken)", "mine", "width", "validation loss", "at edge"):
         assert f">{words}</t" in html
     assert "static_token" not in html and "1.5000" in html
+    classes = pd.DataFrame({"class": ["<lod", "a & b"]})
+    assert "<td" in (html := reporting._styled(classes, None).to_html()) and "&lt;lod" in html and "a &amp; b" in html
 
 
 def test_index_without_results_and_while_running(project):

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import threading
+from enum import Enum
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +237,12 @@ def test_the_projects_folder_can_be_set(tmp_path, monkeypatch):
     subprocess.run([*git, "add", "notebooks"], cwd=tmp_path, check=True)
     assert storage.current_commit().endswith("+")
     assert os.environ["PROJECTABLE_RUNS"]  # tests never write where notebooks read
+
+
+class Mode(Enum):
+    SLOW, FAST = 1, 2
+
+
+def test_members_of_enumerations_slices_and_fractions_have_words():
+    words = [storage.in_words(value) for value in (Mode.SLOW, Mode.FAST, slice(3), Fraction(1, 2))]
+    assert len(set(words)) == 4 and all(words)

@@ -164,6 +164,14 @@ def test_a_number_is_no_name(digits):
     assert [data.task_id(task) for task in ("1", 1, 0)] == [0, 1, 0]
 
 
+def test_a_name_may_be_asked_for_with_its_accents_put_together_or_apart(digits):
+    together, apart = "caf\u00e9", "cafe\u0301"
+    for name in (together, apart):
+        data = two_tasks(digits, ("tea", name))
+        assert data.task_id(together) == data.task_id(apart) == 1
+    assert two_tasks(digits, (together, apart)).task_id(apart) == 1  # the very name goes first
+
+
 def two_tasks(digits, names: tuple[str, ...], **tokens) -> TaskData:
     """The first two of the digits under these names; `tokens` of a split in place of its own."""
     return TaskData("mine", names, {split: x[:2] for split, x in digits.tokens.items()} | tokens, digits.codebook)

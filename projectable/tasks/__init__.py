@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -140,8 +141,9 @@ class TaskData:
         """The number of a task given by name or number; raises ValueError naming the allowed ones."""
         names = [str(i) for i in range(self.n_tasks)]
         for known in (names,) if isinstance(task, int) else (self.task_names, names):
-            if str(task) in known:
-                return known.index(str(task))
+            for form in (str, partial(normalize, "NFC")):  # a file system may take accents apart
+                if (wanted := form(str(task))) in (own := [form(name) for name in known]):
+                    return own.index(wanted)
         raise ValueError(f"unknown task {task!r}; allowed: {', '.join(self.task_names)} (or 0 to {self.n_tasks - 1})")
 
     def first(self, split: str, n: int) -> Tensor:
@@ -261,7 +263,7 @@ def make_tasks(
         return MAKERS[dataset](tasks, vocab_size, patch, val_per_class)
     images = load_images(dataset, patch)
     splits = split_images(images, val_per_class)
-    held_out = [images.label_names.index(c) for c in HELD_OUT_CLASSES.get(dataset, ())]
+    held_out = [images.label_names.index(c) for c in HELD_OUT_CLASSES.get(dataset, ()) if c in images.label_names]
     one_side = bool(held_out) and tasks in ("seen7", "unseen3")
     x, y = splits["train"]
     if one_side:

@@ -27,6 +27,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -83,6 +84,8 @@ class Images:
         for split, pair in (("train", self.train), ("val", self.val), ("test", self.test)):
             if pair is None:
                 continue
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise DataError(f"{split} of {self.name!r} is a {type(pair).__name__}; allowed: (pixels, labels)")
             if wrong := _wrong(*pair, len(names)):
                 raise DataError(f"{split} images of {self.name!r}: {wrong}")
             if pair[0].shape[1:] != (shape := self.train[0].shape[1:]):
@@ -347,9 +350,10 @@ def _first(names, n: int = 3) -> str:
 def _find(folder: Path) -> list[str]:
     """The files in a folder and below, sorted; what is hidden is left out, and what is no file (a pipe).
 
-    Links are followed, each folder once. Raises DataError for one that can't be read.
+    Links are followed, each folder once, but for those above. Raises DataError for one that can't be read.
     """
-    found, seen = [], {os.path.realpath(folder)}
+    here = os.path.realpath(folder)
+    found, seen = [], {here, *map(str, Path(here).parents)}  # a link to what holds it leads nowhere new
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} can't be read ({error.strerror}): make it readable, or take it away")
@@ -402,14 +406,34 @@ def content_key(dataset: str) -> str:
     A file is read again only where its size, inode or times (to the nanosecond) differ from those of the last call.
     """
     if LOADERS.get(dataset) is not OURS.get(dataset):
-        return given_by(LOADERS[dataset])
+        return given_by(_loader(dataset))
     if not dataset.startswith(FOLDER):
         return ""
+    seen = {} if (known := _seen.get()) is None else known
+    if dataset in seen:
+        return seen[dataset]
     path, sha = _path(dataset), hashlib.sha256()
     for files in (files for classes in _image_files(path).values() for files in classes.values()):
         for file in files:
             sha.update(os.fsencode(file[len(str(path)) :]) + b"\0" + _digest(file))
-    return sha.hexdigest()
+    seen[dataset] = sha.hexdigest()
+    return seen[dataset]
+
+
+_seen: ContextVar[dict[str, str] | None] = ContextVar("seen", default=None)  # content keys, within `looked_at_once`
+
+
+@contextlib.contextmanager
+def looked_at_once() -> Iterator[None]:
+    """Within it a folder of images is walked once, however often it is asked for: not to be held while they may change.
+
+    Of 10,000 images a walk takes a tenth of a second, on a network's disk far more.
+    """
+    token = _seen.set({} if (seen := _seen.get()) is None else seen)
+    try:
+        yield
+    finally:
+        _seen.reset(token)
 
 
 @lru_cache(64)
@@ -439,20 +463,22 @@ def _path(dataset: str) -> Path:
 
 def _size_of(path: str) -> tuple[int, int]:
     """Height and width as the image is to be seen, from its head."""
-    with Image.open(path, formats=FORMATS) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: a quarter turn
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        if image.format == "TIFF":  # which Pillow turns by itself
+            image.load()
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientation: a quarter turn
         return image.size if turned else image.size[::-1]
 
 
 def _read_image(path: str, height: int, width: int) -> np.ndarray:
     """An image file → (height, width, 3), uint8: upright, on white where transparent, cut in the middle, resized."""
-    with Image.open(path, formats=FORMATS) as image:
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:  # by name, Pillow turns TIFFs badly
         image.draft(None, (4 * max(height, width),) * 2)  # a JPEG far too large is decoded at a part of its size
+        if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
+            raise ValueError("its grey values have 32 bits: which of them is white is not said")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits of grey
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        if image.mode == "F":
-            raise ValueError("its grey values are floating-point numbers: which of them is white is not said")
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -470,6 +496,8 @@ def read_folder(path: str | Path, patch: int = 4) -> tuple[Folder, dict[str, tup
     left out and listed. Raises DataError, naming the folder, where it does not hold images of two classes or more.
     """
     path = Path(path)
+    if patch > LARGEST:
+        raise DataError(f"patch={patch} for images of {path}; allowed: 1 to {LARGEST}")
     files = _image_files(path)
     classes = tuple(next(iter(files.values())) if "all" in files else files["train"])
     if len(classes) < 2:
@@ -578,7 +606,17 @@ def load_images(dataset: str, patch: int = 4) -> Images:
     if dataset not in LOADERS:
         hint = f" (your own images: {FOLDER}{dataset})" if Path(dataset).is_dir() else ""
         raise ValueError(f"unknown dataset {dataset!r}; allowed: {', '.join(LOADERS)}, {FOLDER}PATH{hint}")
-    return LOADERS[dataset]()
+    images = _loader(dataset)()
+    if not isinstance(images, Images):
+        raise DataError(f"the loader {dataset!r} gives a {type(images).__name__}; allowed: Images")
+    return images
+
+
+def _loader(dataset: str) -> Callable[[], Images]:
+    """The entry of `LOADERS`. Raises DataError where it can't be called."""
+    if not callable(loader := LOADERS[dataset]):
+        raise DataError(f"LOADERS[{dataset!r}] is a {type(loader).__name__}; allowed: a function that gives Images")
+    return loader
 
 
 # ----------------------------------------------------------------------------------------------- a frozen image encoder
