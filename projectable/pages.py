@@ -20,7 +20,7 @@ TEMPLATES = Path(__file__).parent / "page"
 VERDICTS = {"reproduced": "✓", "inconclusive": "?", "not reproduced": "✗"}
 LEGEND = (
     "✓ reproduced: the 95 % interval over seeds lies on the claim's side of its bound (zero, where none is named); "
-    "✗ not reproduced: on the other side; ? inconclusive: it holds the bound."
+    "✗ not reproduced: on the other side; ? inconclusive: the bound lies inside it."
 )
 
 
@@ -489,8 +489,11 @@ IN_SHORT = {  # the index's first table: questions under headings, each the id o
         "given.universal": "the best universal model, 200 steps, a trained source at hand",
         "given.cut_distilled": "specialists that are cut from that source and distilled from it",
         "given.compute.hypernetwork": "a hypernetwork with the compute of these 200 steps",
-        "scarce.glyphs.n25": "the best rival on letters of unseen scripts, 25 images each (short runs, linear maps)",
-        "scarce.classes.n25": "the best rival on unseen classes, 25 images each (short runs, linear maps)",
+        **{
+            f"scarce.{kind}.n{n}": f"the best rival on {words}, {n} images each (short runs, linear maps)"
+            for kind, words in (("glyphs", "letters of unseen scripts"), ("classes", "unseen classes"))
+            for n in (5, 25, 100)
+        },
         "text": "the best universal model on text, nats per character (short runs)",
     },
     "Projections that learn from their source's answers, too, against": {

@@ -129,4 +129,4 @@ def test_one_shot_generation_against_training_a_specialist(compare):
     from conftest import ROWS
 
     share = ROWS[-1]["ours_ms"] / (T * len(SIZES)) / (ROWS[-1]["other_ms"] * steps)
-    ROWS.append(dict(what=f"one generated model, as a share of a specialist's {steps} steps", value=share))
+    ROWS.append(dict(what=f"one of these models, as a share of a specialist's {steps} steps, seconds", value=share))
