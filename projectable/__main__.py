@@ -231,13 +231,14 @@ def train(config: str, executor: str | None) -> None:
                 if team.first(partial(experiment.is_done, part)):
                     continue
                 words = " ".join([part.model, *(f"d{size}" for size in part.sizes)])
+                label = "sum of losses" if part.model.endswith("projectable") else "loss"
                 with tqdm(total=part.steps, unit="step", desc=words, mininterval=1, disable=team.rank > 0) as bar:
 
-                    def report(step: int, steps: int, loss: float, bar=bar, words=words) -> None:
+                    def report(step: int, steps: int, loss: float, bar=bar, words=words, label=label) -> None:
                         nonlocal said
                         if not bar.n:
                             bar.n = bar.initial = step - 1  # where it goes on: the rate is that of the steps made now
-                        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                        bar.set_postfix({label: f"{loss:.3f}"}, refresh=False)
                         bar.update(step - bar.n)
                         said = f" after step {step:,} of {steps:,} of {words}"
 
