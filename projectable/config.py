@@ -261,6 +261,14 @@ class RunConfig:
         rates = {f"d{size}": lr for size, lr in zip(self.sizes, self.lr, strict=True)}
         return rates | {"source": self.source_lr}
 
+    def drawn_before(self) -> int:
+        """How many of the runs that it starts from drew the images in the same order: it draws others."""
+        order, found, part = ("data", "steps", "tasks_per_step", "images_per_task", "seed"), 0, self.start
+        while part is not None:
+            found += all(getattr(part, name) == getattr(self, name) for name in order)
+            part = part.start
+        return found
+
     def key(self) -> str:
         """A fingerprint of the description (12 hex digits)."""
         return self._key
@@ -303,7 +311,8 @@ class Profile:
     def __post_init__(self) -> None:
         """Raises ValueError naming the value and what is allowed."""
         _typed(self)
-        _at_least(self, 1, "trials", "max_trials", "n_clusters", "source_steps", "joint_steps")
+        _at_least(self, 1, "trials", "max_trials", "n_clusters", "joint_steps")
+        _at_least(self, 0, "source_steps")
         for name in ("sizes", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name}=(); allowed: one or more")

@@ -129,7 +129,7 @@ def _data_code(config: DataConfig) -> str:
 
 def _run_code(config: RunConfig) -> str:
     """A hash of what decides the numbers of a run beside its config: data, model, training, and those of its start."""
-    decide = [untrained, train, RunConfig.shape, RunConfig.rates, make_tasks]
+    decide = [untrained, train, RunConfig.shape, RunConfig.rates, RunConfig.drawn_before, make_tasks]
     code = content_of(config.data)
     code += fingerprint(decide, _words_of(config), dict(config.options))
     return code + _run_code(config.start) if config.start is not None else code

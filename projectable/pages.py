@@ -466,6 +466,7 @@ FIGURES = {
     r"longer\.(universal|widens|gap)": "longer_gap",
     r"given\.compute": "given_compute",
     r"given\.(random|fades)": "given_source",
+    r"given\.(distilled|both_distilled)": "given",
     r"taught": "taught_gaps",
     r"given": "given_gaps",
 }

@@ -4,7 +4,7 @@
 
 - Each member has its own learning rate and its own gradient clipping, so that members that share no weights learn
   exactly as if they were alone.
-- The order of data is a pure function of the seed (`TaskData.draw`), the schedule one of the step; a checkpoint
+- The order of data is a pure function of the config (`TaskData.draw`), the schedule one of the step; a checkpoint
   holds everything else. A run killed anywhere and resumed ends bitwise where an unbroken one does (CPU, same threads).
 - The best step on validation images is kept, one for all members: that of the lowest mean over members, each of them a
   mean over the tasks that have validation images (`patience` evaluations without a better one end the run early).
@@ -265,7 +265,8 @@ def train(
     rates = config.rates()
     optimizer = make_optimizer(model, rates, config.weight_decay)
     device = next(model.parameters()).device
-    task_ids, index = data.draw(config.steps, config.tasks_per_step, config.images_per_task, config.seed)
+    order = config.steps, config.tasks_per_step, config.images_per_task, config.seed, config.drawn_before()
+    task_ids, index = data.draw(*order)
     n_tasks = task_ids.shape[1]
     if team.size > n_tasks:
         raise ValueError(f"{team.size} processes for {n_tasks} tasks a step; allowed: 1 to {n_tasks}")

@@ -582,3 +582,13 @@ def test_sweeps_of_new_tasks_share_their_rounds_with_those_of_what_they_start_fr
         rounds.clear()
         pd.testing.assert_frame_equal(Scarce(study, "heldout20", of.n, 20).sweep(*names), table)
         assert all(tasks == {f"heldout20-few{of.n}-s0"} for tasks in rounds) and len(rounds) < together
+
+
+def test_a_run_that_goes_on_is_shown_other_images_than_what_it_starts_from(study, digits):
+    study.loss = lambda config, member: 1.0
+    config = study.config("specialists_tuned", {8: 1e-2}, 0)
+    assert config.steps == config.start.steps and (config.start.drawn_before(), config.drawn_before()) == (0, 1)
+    order = config.steps, config.tasks_per_step, config.images_per_task, config.seed
+    first, second = (digits.draw(*order, part.drawn_before()) for part in (config.start, config))
+    assert not torch.equal(first[1], second[1])
+    assert study.config("projected", {8: 1e-2}, 0).drawn_before() == 0, "another number of steps is another order"

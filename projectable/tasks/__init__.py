@@ -151,13 +151,16 @@ class TaskData:
         n = min(n, min(len(t) for t in self.tokens[split]))
         return torch.stack([t[:n] for t in self.tokens[split]])
 
-    def draw(self, n_steps: int, tasks_per_step: int, per_task: int, seed: int) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, n_steps: int, tasks_per_step: int, per_task: int, seed: int, before: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """The whole order of training: task_ids (steps, T'), index (steps, T', B) into each task's images.
 
         Tasks take turns; each task's images come in a new random order every time that it has been through.
         A pure function of its arguments: a resumed run, and every arm of one seed and number of steps, sees the same.
+        `before`: how often the same order was drawn already, by runs that this one goes on from.
         """
-        rng = np.random.default_rng([seed, 1])
+        rng = np.random.default_rng([seed, 1, before])  # with a zero as without it
         n_tasks = self.n_tasks
         tasks_per_step = min(tasks_per_step, n_tasks)
         rounds = -(-n_steps * tasks_per_step // n_tasks)
