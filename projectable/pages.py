@@ -440,7 +440,7 @@ PAPERS = re.compile(r"headline\.(d\d+|widens\..+)|source\.kept|transfer\.(glyphs
 
 # start of a claim's id: its figure, empty for none; of others the first one of their notebook
 FIGURES = {
-    r"headline\.(few_dims|each|clusters)|explained\.alike|stability\.spread": "",
+    r"headline\.(each|clusters)|explained\.alike|stability\.spread": "",
     r"cost\.(generation|break_even)|conditioning\.(wrong|support|clusters|classes)": "",
     r"source\.kept_whole|(longer|given|taught)\.kept": "",
     r"headline\.(d\d|hypernetwork)": "headline",
