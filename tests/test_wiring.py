@@ -31,7 +31,7 @@ def test_a_training_is_what_its_config_says(digits, monkeypatch):
     changes = dict(steps=3, tasks_per_step=7, images_per_task=3, seed=5, clip=0.25, weight_decay=0.5, val_images=6)
     config = tiny(**changes)
     training.train(experiment.build(config, digits), digits, config)
-    assert seen == dict(draw=(3, 7, 3, 5), clip=0.25, val=("val", 6), decay=0.5)
+    assert seen == dict(draw=(3, 7, 3, 5, 0), clip=0.25, val=("val", 6), decay=0.5)
 
 
 def test_the_best_step_is_that_of_the_mean_over_members(digits, source, monkeypatch):
