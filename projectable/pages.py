@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 TEMPLATES = Path(__file__).parent / "page"
@@ -596,16 +596,20 @@ def claim_groups(claims: list[dict]) -> list[tuple[str, list[dict]]]:
 Family = tuple[str, str, list[tuple[str, dict]]]  # words, statistic, (“width 8”, claim) of each
 
 
+WIDTHS = r"(,? (of|at) )?width \d+(?= |$|,|:)| from width \d+ to \d+"  # in the words of a claim
+
+
 def claim_families(claims: Sequence[dict], whole: bool = False) -> list[Family]:
     """Claims that differ in width and number of images only, together.
 
-    Apart where their statistics differ, as the arms do that were chosen; `whole`: together, the statistic empty then.
+    Apart where their words differ, or their statistics, as the arms do that were chosen; `whole`: those together, too.
     """
     ending = re.compile(r"(?:\.n(\d+))?(?:\.(?:d(\d+)|(\d+_\d+)))?$")  # of an id: .n5.d8, .8_16
-    families: dict[tuple[str, str], list[dict]] = {}
-    for claim in claims:  # of one question and one statistic
-        key = ending.sub("", claim["id"]), re.sub(r" at \d+", "", claim["statistic"]) * (not whole)
-        families.setdefault(key, []).append(claim)
+    few, width = partial(re.sub, r"^With \d+ images", "With few images"), partial(re.sub, WIDTHS, "")
+    families: dict[tuple[str, str, str], list[dict]] = {}
+    for claim in claims:  # of one question, in the same words, and one statistic
+        statistic = re.sub(r" at \d+", "", claim["statistic"]) * (not whole)
+        families.setdefault((ending.sub("", claim["id"]), few(width(claim["claim"])), statistic), []).append(claim)
     result = []
     for members in families.values():
         words, names = members[0]["claim"], [""] * len(members)
@@ -614,11 +618,11 @@ def claim_families(claims: Sequence[dict], whole: bool = False) -> list[Family]:
         images, *widths = zip(*(ending.findall(claim["id"])[0] for claim in members), strict=True)
         if len(set(images)) > 1:
             names = [f"{n} images, " for n in images]
-            words = re.sub(r"^With \d+ images", "With few images", words)
+            words = few(words)
         if len(set(zip(*widths, strict=True))) > 1:
             sizes = [one or two.replace("_", " against ") for one, two in zip(*widths, strict=True)]
             names = [f"{name}width {size}" for name, size in zip(names, sizes, strict=True)]
-            words = re.sub(r"(,? (of|at) )?width \d+(?= |$|,|:)| from width \d+ to \d+", "", words)
+            words = width(words)
         names = [name.removesuffix(", ") for name in names]
         result.append((words, statistic, list(zip(names, members, strict=True))))
     return result

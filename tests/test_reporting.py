@@ -567,6 +567,15 @@ def test_claims_of_one_question_share_a_row_whoever_was_chosen_for_it():
     ]
     assert of_pairs[0] == ["width 8 against 16"], "what stands alone is under its width"
     assert len(pages.claim_families(claims)) == 3, "with their statistics they are apart"
+    wider = [
+        one[0] | dict(id=f"wide.d{s}", claim=f"A wider one of width {s} beats one of {n}")
+        for s, n in ((8, 32), (32, 64))
+    ]
+    ((_, rows),) = pages.in_brief(wider)
+    assert [(words, found) for words, _, found in rows] == [
+        ("A wider one of width 8 beats one of 32", [wider[0], None]),
+        ("A wider one of width 32 beats one of 64", [None, wider[1]]),
+    ], "who else is compared is not hidden"
 
 
 def test_the_index_begins_with_a_table_of_what_was_found(tmp_path):
