@@ -1,6 +1,8 @@
 # Everything happens inside .venv: nothing is registered or written outside this folder.
 PYTHON ?= python3
 PROFILE ?= laptop
+# Notebooks to run, by number; all without: make reproduce ONLY="00-06 20"
+ONLY ?=
 # Extra words for pip, e.g. a CPU-only torch:
 #   make reproduce PIP_INSTALL_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_INSTALL_ARGS ?=
@@ -20,10 +22,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo '  PROFILE=$(PROFILE) (smoke, laptop, gpu); PIP_INSTALL_ARGS="--extra-index-url …" for another torch wheel'
+	@echo '  PROFILE=$(PROFILE) (smoke, laptop, gpu); ONLY="00-06 20" for some notebooks'
+	@echo '  PIP_INSTALL_ARGS="--extra-index-url …" for another torch wheel'
 
 reproduce: .venv/.ready ## run every notebook and write reports/index.html (PROFILE=laptop)
-	$(BIN)/python -m projectable reproduce --profile $(PROFILE)
+	$(BIN)/python -m projectable reproduce --profile $(PROFILE) $(ONLY:%=--only %)
 
 smoke: .venv/.ready ## run every notebook at toy size into reports/smoke/: checks that they work, shows nothing
 	$(BIN)/python -m projectable reproduce --profile smoke

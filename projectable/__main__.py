@@ -39,7 +39,7 @@ executor_option = click.option(
 
 @cli.command()
 @profile_option
-@click.option("--only", multiple=True, metavar="NAME", help="A notebook's number or name; may be repeated.")
+@click.option("--only", multiple=True, metavar="NAME", help="A notebook's number or name, or 00-06; may be repeated.")
 @click.option("-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter of the notebooks.")
 @executor_option
 def reproduce(

@@ -532,7 +532,7 @@ def lock(profile: str):
 
 
 def select_notebooks(only: list[str] | tuple[str, ...] | None) -> list[Path]:
-    """The notebooks named by number (`03`), stem or file name; all of them without names.
+    """The notebooks named by number (`03`), numbers (`00-06`), stem or file name; all of them without names.
 
     Raises ReportError naming the allowed ones.
     """
@@ -541,7 +541,8 @@ def select_notebooks(only: list[str] | tuple[str, ...] | None) -> list[Path]:
         raise ReportError(f"no numbered notebooks in {root() / 'notebooks'}")
     chosen = []
     for name in only or ():
-        found = [p for p in paths if Path(name).name in (p.stem, p.name, p.stem[:2])]
+        first, last = name.split("-") if re.fullmatch(r"\d\d-\d\d", name) else ("", "")
+        found = [p for p in paths if Path(name).name in (p.stem, p.name, p.stem[:2]) or first <= p.stem[:2] <= last]
         if not found:
             raise ReportError(f"unknown notebook {name!r}; allowed: {', '.join(p.stem for p in paths)}")
         chosen += found

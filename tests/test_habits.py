@@ -106,6 +106,11 @@ def test_make_help_lists_every_target():
     assert set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)) == set(phony.split())
 
 
+def test_make_reproduces_some_notebooks():
+    said = make(ROOT, "-n", "reproduce", "PROFILE=smoke", "ONLY=00-06 20")
+    assert said.endswith("-m projectable reproduce --profile smoke --only 00-06 --only 20\n")
+
+
 def test_make_clean_leaves_what_was_computed(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     kept = [tmp_path / name for name in ("runs/a/result.json", "reports/index.html", ".venv/bin/python")]

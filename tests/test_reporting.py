@@ -435,6 +435,22 @@ def test_only_what_was_run_is_set_beside_other_runs(project, monkeypatch, capsys
     assert "beside" not in said["00"] and "beside a third run: 0 of 1 verdicts the same, 0 opposite" in said["01"]
 
 
+@pytest.mark.parametrize(
+    ("only", "found"),
+    [
+        (["03"], "03"),
+        (["00-03", "07_d.ipynb"], "00 03 07"),
+        (["05-20", "00_a"], "00 07"),
+        (["notebooks/03_b.ipynb"], "03"),
+        (None, "00 03 07"),
+    ],
+)
+def test_notebooks_are_named_by_number_range_or_file(project, only, found):
+    for name in ("00_a", "03_b", "07_d"):
+        write_notebook(project, name)
+    assert [path.stem[:2] for path in reporting.select_notebooks(only)] == found.split()
+
+
 def test_unknown_names_are_errors_that_list_the_allowed(project):
     path = write_notebook(project, "00_a")
     with pytest.raises(ReportError, match="unknown parameter sedes; allowed: profile, seeds"):
