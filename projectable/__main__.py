@@ -98,7 +98,7 @@ def check(notebooks: tuple[Path, ...]) -> None:
     One cell tagged `parameters` with literals only, `profile` first; no outputs. All numbered ones if none is named.
     """
     failed = 0
-    for path in notebooks or reporting.notebook_paths():
+    for path in notebooks or reporting.select_notebooks(None):
         try:
             pages.check_stored(path)
         except pages.ReportError as error:
@@ -302,9 +302,10 @@ def sample(folder: str, n: int, output: str, seed: int, temperature: float) -> N
     \b
     Example: projectable sample coat16 -n 64 -o coats.png
     """
-    from projectable.export import load, write_grid
+    from projectable.export import load, png_path, write_grid
 
-    write_grid(load(folder).sample(n, temperature, seed), output)
+    path = png_path(output)  # before anything is drawn
+    write_grid(load(folder).sample(n, temperature, seed), path)
     click.echo(output)
 
 

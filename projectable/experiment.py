@@ -32,10 +32,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import tasks
+from . import generators, tasks
 from .config import OF_OTHER_DATA, STARTS, DataConfig, RunConfig
 from .generators import CONDITIONINGS, FAMILIES, Conditioning, Generator
 from .models import (
@@ -204,6 +204,7 @@ def build(config: RunConfig, data: TaskData) -> Model:
 
 def _check_options(config: RunConfig) -> None:
     """Raises ValueError for options that the model, or the family of its maps, does not take, or of another kind."""
+    _check_registered()
     if config.model not in MODELS:
         return
     takes, options = _parameters(MODELS[config.model], 3), dict(config.options)  # beside config, data and start
@@ -224,6 +225,18 @@ def _check_options(config: RunConfig) -> None:
         for names, least, most, words in BOUNDS:
             if option in names and not least <= cast(float, value) <= most:
                 raise ValueError(f"option {option}={value!r}; allowed: {words}")
+
+
+def _check_registered() -> None:
+    """Raises ValueError for a family, conditioning or loader of one's own that has a taken name or is none."""
+    for registry, base in ((FAMILIES, Generator), (CONDITIONINGS, Conditioning)):
+        for name, cls in registry.items():
+            if not (inspect.isclass(cls) and issubclass(cls, base)):
+                raise ValueError(f"{name} is no {base.__name__}; allowed: a class that inherits from it")
+            if getattr(generators, name, cls) is not cls:
+                raise ValueError(f"{cls.__module__}.{name} has a name that is taken; allowed: another one")
+    if taken := sorted(LOADERS.keys() & tasks.MAKERS.keys()):
+        raise ValueError(f"LOADERS[{taken[0]!r}] has a name that is taken; allowed: another one")
 
 
 BOUNDS = ((("z_dim", "n_experts"), 1, 2**16, f"1 to {2**16}"), (("share",), 0, 1, "0 to 1"))  # of options
@@ -261,23 +274,38 @@ def _made(config: RunConfig, data: TaskData, start: Model | None) -> Model:
     if config.start is not None and _codes(before := data_for(config.start.data)) != _codes(data):
         words = f"start: the codes of {before.name}, which are not those of the run itself, {data.name}"
         raise ValueError(f"{words}; allowed: the same in both (one codebook: of the same images, but for their tasks)")
-    model = untrained(config, data, start)
-    z_dim = next((part.z_dim for part in model.modules() if isinstance(part, Conditioning)), 0)
-    for maker in (part for part in model.modules() if isinstance(part, Generator)):  # of one's own, perhaps
-        gives = f"the generator {type(maker).__name__} gives"
-        try:
-            with torch.no_grad():
-                maps = maker(torch.ones(2, z_dim))
-            found = tuple(maps.shape)
-        except Exception as error:
-            raise ValueError(f"{gives} no maps: {str(error) or type(error).__name__}") from error
-        if found not in ((2, *maker.base.shape), (1, *maker.base.shape)):
-            allowed = f"(2, S, m, n) or (1, S, m, n), as P₀ is {tuple(maker.base.shape)}"
-            raise ValueError(f"{gives} maps {found} of 2 tasks; allowed: {allowed}")
-        if maps.dtype != maker.base.dtype or not maps.isfinite().all():
-            words = f"maps of {maps.dtype}" if maps.dtype != maker.base.dtype else "maps that are not finite"
-            raise ValueError(f"{gives} {words}; allowed: numbers, {maker.base.dtype}")
+    model, z_dim = untrained(config, data, start), 0
+    for part in model.modules():
+        if isinstance(part, Conditioning):
+            z_dim = part.z_dim
+            two = torch.arange(part.n_tasks)[[0, -1]]
+            _check_made(part, two, f"the conditioning {type(part).__name__}", "vectors", [(2, z_dim)], torch.float32)
+    for part in model.modules():
+        if isinstance(part, Generator):
+            shapes = [(n, *part.base.shape) for n in (2, 1)]  # of two tasks, or alike for all
+            two = torch.ones(2, z_dim)
+            _check_made(part, two, f"the generator {type(part).__name__}", "maps", shapes, part.base.dtype)
     return model
+
+
+def _check_made(maker: nn.Module, two: Tensor, who: str, what: str, shapes: list[tuple], dtype: torch.dtype) -> None:
+    """Raises ValueError where a conditioning or generator, of one's own perhaps, makes the wrong thing of two tasks."""
+    training = maker.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            made, alone = maker.eval()(two), maker(two[:1])
+        found = tuple(made.shape)
+    except Exception as error:
+        raise ValueError(f"{who} gives no {what}: {str(error) or type(error).__name__}") from error
+    finally:
+        maker.train(training)
+    if found not in shapes:
+        raise ValueError(f"{who} gives {what} {found} of 2 tasks; allowed: {' or '.join(map(str, shapes))}")
+    if made.dtype != dtype or not made.isfinite().all():
+        wrong = f"of {made.dtype}" if made.dtype != dtype else "that are not finite"
+        raise ValueError(f"{who} gives {what} {wrong}; allowed: numbers, {dtype}")
+    if not torch.allclose(made[:1], alone, rtol=1e-3, atol=1e-4):
+        raise ValueError(f"{who} gives a task other {what} alone than beside others, or each time; allowed: the same")
 
 
 def untrained(config: RunConfig, data: TaskData, start: Model | None) -> Model:
@@ -858,6 +886,7 @@ def run_many(
             held = {start.folder for start in starts.values() if not start.is_done()}
             lost = [error]
             todo = {f: c for f, c in todo.items() if f not in held and (f not in starts or starts[f].is_done())}
+    in_turn = workers() == 1 and not executor  # no worker to wait for
     for data in {c.data for c in todo.values()}:
         data_for(data)
     with looked_at_once():
@@ -870,7 +899,6 @@ def run_many(
         mininterval=5,
         bar_format="{desc}: {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}, {rate_fmt}",
     )
-    in_turn = workers() == 1 and not executor  # no worker to wait for
     with bar:
         errors = _in_turn(order, test, bar) if in_turn else _side_by_side(order, rest, test, executor, bar)
         bar.update(bar.total - bar.n)

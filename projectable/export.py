@@ -71,23 +71,31 @@ class SmallTransformer(nn.Module):
         return forward(dict(self.weights.items()), tokens.unsqueeze(0), self.shape.d_head).squeeze(0)
 
     def losses(self, tokens: Tensor) -> Tensor:
-        """Nats per token of each image: tokens (B, N) → (B,)."""
+        """Nats per token of each image: tokens (B, N), int64 → (B,). Raises ValueError for tokens that are none."""
+        tokens = torch.as_tensor(tokens)
+        if tokens.dtype != torch.int64 or not tokens.numel():
+            raise ValueError(f"tokens {tuple(tokens.shape)}, {tokens.dtype}; allowed: one image or more, torch.int64")
+        if not 0 <= tokens.min() <= tokens.max() < self.shape.vocab_size:
+            found = f"tokens from {tokens.min()} to {tokens.max()}"
+            raise ValueError(f"{found}; allowed: 0 to {self.shape.vocab_size - 1}")
         return F.cross_entropy(self(tokens).transpose(1, 2), tokens, reduction="none").mean(1)
 
     @torch.no_grad()
     def mean_loss(self, tokens: Tensor, block: int = 200) -> float:
-        """Nats per token of all these images (B, N), `block` of them at a time."""
-        return torch.cat([self.losses(part).double() for part in tokens.split(block)]).mean().item()
+        """Nats per token of all these images (B, N), `block` of them at a time. Raises ValueError as `losses` does."""
+        return torch.cat([self.losses(part).double() for part in torch.as_tensor(tokens).split(block)]).mean().item()
 
     def sample(self, n: int, temperature: float = 1.0, seed: int | None = None) -> np.ndarray:
         """n new images (n, H, W, C) in [0, 1]; the same seed gives the same images (None: torch's own state).
 
-        Raises ValueError for n below 1, or a temperature or seed that is none.
+        Raises ValueError for n below 1 or above a million, or a temperature or seed that is none.
         """
+        if n > 1_000_000:
+            raise ValueError(f"n={n}; allowed: 1 to 1,000,000")
         if seed is not None and not 0 <= seed < 2**63:
             raise ValueError(f"seed={seed}; allowed: up to {2**63 - 1}, not negative")
         device = self.weights["embedding"].device
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(device).manual_seed(int(seed))
         weights = dict(self.weights.items())
         tokens = sample(weights, n, self.shape.length, self.shape.d_head, temperature, generator)
         return self.codebook.decode(tokens[0].cpu().numpy())
@@ -171,6 +179,7 @@ def export(
     """
     from .experiment import content_of, data_for
 
+    task = task.item() if isinstance(task, np.integer) else task  # no name, of tasks that are named by numbers
     folder = Path(folder).resolve()
     _check_place(folder, overwrite)
     if run.config.model.startswith("masked_"):
@@ -405,6 +414,13 @@ def evaluate(
     return len(tokens), nats, bits_per_pixel(nats, book.length, book.height * book.width)
 
 
+def png_path(path: str | Path) -> Path:
+    """The path, of a file to come. Raises ValueError for a name that does not end in .png."""
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{path} is no PNG file; allowed: a name that ends in .png")
+    return Path(path)
+
+
 def write_grid(images: np.ndarray, path: str | Path, at_least: int = 56) -> Path:
     """Write images (n, H, W, C) in [0, 1] as one PNG, about as many rows as columns, pixels enlarged to be seen.
 
@@ -412,9 +428,7 @@ def write_grid(images: np.ndarray, path: str | Path, at_least: int = 56) -> Path
     """
     from PIL import Image
 
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path} is no PNG file; allowed: a name that ends in .png")
+    path = png_path(path)
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise ValueError(f"images of shape {images.shape}; allowed: (n, height, width, 1 or 3), n of 1 or more")

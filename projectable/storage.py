@@ -89,6 +89,8 @@ def _touch(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+    except FileExistsError:
+        raise WriteError(f"{path.parent} is a file; allowed: a folder") from None
     except OSError as error:
         advice = "choose another folder (for runs: PROJECTABLE_RUNS), or make it writable"
         raise WriteError(f"{path.parent} can't be written to ({error.strerror}): {advice}") from None

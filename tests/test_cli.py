@@ -211,9 +211,10 @@ def test_errors_are_one_line_that_names_the_value(trained, model, tmp_path, caps
         (("project", "nowhere", "--task", 3, "--width", 8, "-o", tmp_path / "x"), "no run 'nowhere'; allowed: "),
         (("project", trained.folder, "--task", 3, "--width", 8, "-o", model), "threes exists: "),
         (("evaluate", model, "--split", "all"), "unknown split 'all'; allowed: train, val, test"),
-        (("sample", model, "-n", 0, "-o", tmp_path / "x"), "n=0 is no number of sequences; allowed: 1 or more"),
+        (("sample", model, "-n", 0, "-o", tmp_path / "x.png"), "n=0 is no number of sequences; allowed: 1 or more"),
         (("evaluate", model, "--images", tmp_path), f"images={tmp_path} for a model of digits/classes; allowed: none"),
         (("train", model), "threes is no run but a small model: `projectable sample`"),
+        (("sample", tmp_path / "none", "-o", "x.jpg"), "x.jpg is no PNG file; allowed: a name that ends in .png"),
         (("sample", model, "-o", folder), "folder.png can't be written .Is a directory."),
         (("sample", model, "-o", "x.png", "--seed", 10**22), "seed=10000000000000000000000; allowed: up to 922"),
         (

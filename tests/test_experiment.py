@@ -1118,21 +1118,90 @@ class Mute(generators.Generator):
     pass
 
 
+class Noisy(generators.Static):
+    def forward(self, z):
+        return super().forward(z) + torch.rand(())
+
+
+class Long(generators.LearnedID):
+    def forward(self, task_ids):
+        return torch.cat([self.table, self.table[:, :1]], 1)[task_ids]
+
+
+class Short(generators.LearnedID):
+    def forward(self, task_ids):
+        return self.table[:5][task_ids]
+
+
+class Exact(generators.LearnedID):
+    def forward(self, task_ids):
+        return super().forward(task_ids).double()
+
+
+class Unknown(generators.LearnedID):
+    def forward(self, task_ids):
+        return super().forward(task_ids) * float("nan")
+
+
+class Centred(generators.LearnedID):
+    def forward(self, task_ids):
+        z = super().forward(task_ids)
+        return z - z.mean(0)
+
+
 @pytest.mark.parametrize(
-    "family, said",
+    "made, said",
     [
-        (Transposed, r"the generator Transposed gives maps \(2, 1, 8, 16\) of 2 tasks; allowed: .*P₀ is \(1, 16, 8\)"),
+        (Transposed, r"the generator Transposed gives maps \(2, 1, 8, 16\) of 2 tasks; allowed: \(2, 1, 16, 8\) or"),
         (Double, "the generator Double gives maps of torch.float64; allowed: numbers, torch.float32"),
         (Endless, "the generator Endless gives maps that are not finite; allowed"),
         (Mute, "the generator Mute gives no maps: NotImplementedError"),
+        (
+            Noisy,
+            "the generator Noisy gives a task other maps alone than beside others, or each time; allowed: the same",
+        ),
+        (Long, r"the conditioning Long gives vectors \(2, 9\) of 2 tasks; allowed: \(2, 8\)"),
+        (Short, "the conditioning Short gives no vectors: index 9 is out of bounds"),
+        (Exact, "the conditioning Exact gives vectors of torch.float64; allowed: numbers, torch.float32"),
+        (Unknown, "the conditioning Unknown gives vectors that are not finite; allowed"),
+        (Centred, "the conditioning Centred gives a task other vectors alone than beside others"),
     ],
 )
-def test_a_family_that_gives_other_maps_is_named_before_its_source_is_trained(other_runs, monkeypatch, family, said):
-    monkeypatch.setitem(generators.FAMILIES, family.__name__, family)
-    config = tiny_projectable(tiny_source(steps=3), steps=2, options={"family": family.__name__})
+def test_what_makes_the_wrong_maps_or_vectors_is_named_before_its_source_is_trained(
+    other_runs, monkeypatch, made, said
+):
+    which = "family" if issubclass(made, generators.Generator) else "conditioning"
+    monkeypatch.setitem(generators.FAMILIES if which == "family" else generators.CONDITIONINGS, made.__name__, made)
+    config = tiny_projectable(tiny_source(steps=3), steps=2, options={which: made.__name__})
     with pytest.raises(ValueError, match=said):
         run(config)
     assert not is_done(config.start)
+
+
+@pytest.mark.parametrize(
+    "registry, name, thing, said",
+    [
+        (
+            generators.FAMILIES,
+            "Linear",
+            Transposed,
+            "test_experiment.Linear has a name that is taken; allowed: another",
+        ),
+        (generators.CONDITIONINGS, "NoID", Long, "test_experiment.NoID has a name that is taken"),
+        (
+            generators.FAMILIES,
+            "Plain",
+            torch.nn.Linear,
+            "Plain is no Generator; allowed: a class that inherits from it",
+        ),
+        (generators.CONDITIONINGS, "Made", lambda n_tasks, z_dim: None, "Made is no Conditioning; allowed: a class"),
+        (images.LOADERS, "text", lambda: None, "LOADERS.'text'. has a name that is taken"),
+    ],
+)
+def test_what_is_registered_has_a_name_and_a_base_of_its_own(other_runs, monkeypatch, registry, name, thing, said):
+    monkeypatch.setitem(registry, name, thing)
+    with pytest.raises(ValueError, match=said):
+        run(tiny(steps=2))
 
 
 class Unit(generators.Linear):

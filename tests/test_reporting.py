@@ -963,8 +963,10 @@ def test_what_strips_outputs_makes_a_notebook_fit(tmp_path):
     pages.check_stored(path)
 
 
-def test_the_notebooks_are_fit_to_be_stored():
+def test_the_notebooks_are_fit_to_be_stored(tmp_path, monkeypatch):
     assert CliRunner().invoke(__main__.cli, ["check"]).exit_code == 0
+    monkeypatch.setenv("PROJECTABLE_ROOT", str(tmp_path))  # where there is none
+    assert "no numbered notebooks in" in str(CliRunner().invoke(__main__.cli, ["check"]).exception)
 
 
 def test_readme_shows_every_claim_with_failures_in_sight(tmp_path, monkeypatch):
