@@ -39,10 +39,11 @@ def origin(runs: dict[str, list[Run]]) -> dict[str, str]:
     return {name: ", ".join(dict.fromkeys(result[name] for result in found)) for name in ("commit", "device")}
 
 
-def loss_table(runs: dict[str, list[Run]], data: TaskData) -> pd.DataFrame:
+def loss_table(runs: dict[str, list[Run]], data: TaskData, sources: bool = True) -> pd.DataFrame:
     """Test losses of finished runs, tidy: arm, d_s, seed, task, loss (nats per token), bits_per_pixel.
 
-    Raises ValueError for a run of other tasks than those of `data`.
+    The source beside an arm's small models is the arm `NAME: source`, left out without `sources`. Raises ValueError
+    for a run of other tasks than those of `data`.
     """
     book, rows = data.codebook, []
     bits = bits_per_pixel(1.0, book.length, book.height * book.width)
@@ -51,8 +52,11 @@ def loss_table(runs: dict[str, list[Run]], data: TaskData) -> pd.DataFrame:
             if (its := data_for(run.config.data)).task_names != data.task_names:
                 raise ValueError(f"{run.folder.name} is of {its.name}; allowed: runs of {data.name}")
             for member, losses in run.test_losses().items():
+                beside = member == "source" and not run.config.model.endswith("source")
+                if beside and not sources:
+                    continue
                 d_s = run.config.d_source if member == "source" else int(member[1:])
-                name = arm if member != "source" or run.config.model.endswith("source") else f"{arm}: source"
+                name = f"{arm}: source" if beside else arm
                 rows += [
                     dict(arm=name, d_s=d_s, seed=run.config.seed, task=task, loss=loss, bits_per_pixel=loss * bits)
                     for task, loss in zip(data.task_names, losses.tolist(), strict=True)

@@ -196,6 +196,10 @@ def test_an_arm_without_losses_is_named():
 def test_losses_are_those_of_the_runs_own_tasks(universal, digits):
     found = evaluation.loss_table({"universal": [universal]}, digits)
     assert list(found.task) == list(digits.task_names) and set(found.arm) == {"universal"}
+    both = {"mine": [experiment.run(tiny_projectable())]}
+    whole, small = (evaluation.loss_table(both, digits, sources) for sources in (True, False))
+    assert set(zip(whole.arm, whole.d_s, strict=True)) == {("mine", 8), ("mine: source", 16)}
+    assert small.to_dict("list") == whole[whole.arm == "mine"].to_dict("list")
     clusters = make_tasks("digits", "clusters10", vocab_size=32, patch=2, val_per_class=20)
     with pytest.raises(ValueError, match="is of digits/classes; allowed: runs of digits/clusters10"):
         evaluation.loss_table({"universal": [universal]}, clusters)
