@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -67,6 +67,11 @@ def loss_table(runs: dict[str, list[Run]], data: TaskData, sources: bool = True)
 def seed_means(losses: pd.DataFrame) -> pd.DataFrame:
     """Mean over tasks: arm, d_s, seed, loss."""
     return losses.groupby(["arm", "d_s", "seed"], sort=False, as_index=False)["loss"].mean()
+
+
+def over_seeds(table: pd.DataFrame, by: Sequence[str] = ("arm", "d_s"), value: str = "loss") -> pd.DataFrame:
+    """Of a table with a row a seed: the columns `by`, and mean, std and count (how many seeds) of `value`."""
+    return table.groupby(list(by), sort=False)[value].agg(["mean", "std", "count"]).reset_index()
 
 
 def paired_gaps(losses: pd.DataFrame, rival: str, ours: str) -> pd.DataFrame:

@@ -30,7 +30,12 @@ def test_gaps_are_paired_by_seed_and_averaged_over_tasks():
     gaps = evaluation.paired_gaps(losses, "rival", "ours")
     assert gaps.seed.tolist() == [0, 1], "the rival's third seed has no partner"
     assert gaps.gap.tolist() == pytest.approx([0.2, 0.5])
-    assert evaluation.seed_means(losses).query("arm == 'ours'").loss.tolist() == pytest.approx([1.3, 1.5])
+    means = evaluation.seed_means(losses)
+    assert means.query("arm == 'ours'").loss.tolist() == pytest.approx([1.3, 1.5])
+    assert evaluation.over_seeds(means).values.tolist() == [
+        ["rival", 8, pytest.approx(12.5 / 3), pytest.approx(4.193249), 3],
+        ["ours", 8, pytest.approx(1.4), pytest.approx(0.2 / math.sqrt(2)), 2],
+    ]
 
 
 def test_the_interval_is_students():
