@@ -89,6 +89,11 @@ def paired_gaps(losses: pd.DataFrame, rival: str, ours: str) -> pd.DataFrame:
     return gap.rename("gap").reset_index()
 
 
+def gaps_to_each(losses: pd.DataFrame, rivals: Iterable[str], ours: str = "projected") -> pd.DataFrame:
+    """`paired_gaps` to each of these arms, one below the other: d_s, seed, gap, comparison (the rival's name)."""
+    return pd.concat([paired_gaps(losses, rival, ours).assign(comparison=rival) for rival in rivals])
+
+
 def t_interval(values) -> tuple[float, float, float]:
     """Mean and the ends of its 95 % interval by Student's t; NaN ends for fewer than two values."""
     from scipy import special  # of `stats`, which takes a second to import, the quantiles

@@ -30,6 +30,8 @@ def test_gaps_are_paired_by_seed_and_averaged_over_tasks():
     gaps = evaluation.paired_gaps(losses, "rival", "ours")
     assert gaps.seed.tolist() == [0, 1], "the rival's third seed has no partner"
     assert gaps.gap.tolist() == pytest.approx([0.2, 0.5])
+    each = evaluation.gaps_to_each(losses.replace({"arm": {"ours": "mine"}}), ["rival"], "mine")
+    assert each.gap.tolist() == gaps.gap.tolist() and each.comparison.tolist() == ["rival", "rival"]
     means = evaluation.seed_means(losses)
     assert means.query("arm == 'ours'").loss.tolist() == pytest.approx([1.3, 1.5])
     assert evaluation.over_seeds(means).values.tolist() == [
