@@ -25,7 +25,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -171,6 +171,11 @@ class Report:
         record = {"id": id, "claim": claim, **found, **run, "notebook": self.notebook}
         self.claims = [old for old in self.claims if old["id"] != id] + [_plain(record)]
         write_results(self.reports / "results" / "claims" / f"{self.notebook}.json", self.claims)
+
+    def claim_each(self, found: Iterable[dict], **about) -> None:
+        """`claim` for each of what `evaluation.compare` or `widening` found; `about`: tasks, commit and device."""
+        for claim in found:
+            self.claim(**claim, **about)
 
     def claims_table(self):
         """The notebook's claims, styled, which join those of the others: the cell's last line shows them.

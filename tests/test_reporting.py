@@ -524,11 +524,12 @@ def test_claims_merge_in_order_and_a_rerun_replaces(project):
     assert [c["id"] for c in read()] == ["y", "x", "z"]
     assert read()[1]["value"] is None
     again = Report("00_a", "laptop")
-    claim(again, "y", "reproduced")
+    found = dict(claim="c", statistic="s", value=1.0, ci_low=0.5, ci_high=1.5, seeds=5, verdict="reproduced")
+    again.claim_each([found | dict(id=id) for id in "yw"], tasks=3, commit="c")
     again.claims_table()
-    assert [(c["id"], c["verdict"]) for c in read()] == [("y", "reproduced"), ("z", "inconclusive")]
+    assert [c["id"] + c["verdict"] for c in read()] == ["yreproduced", "wreproduced", "zinconclusive"]
     with pytest.raises(ValueError, match="'confirmed'.*allowed: reproduced, inconclusive, not reproduced"):
-        claim(first, "w", "confirmed")
+        claim(first, "v", "confirmed")
     assert first.claims_table().data.count('class="badge') == 2
 
 
