@@ -55,6 +55,11 @@ class Arm:
         if self.steps not in STEPS and not (isinstance(self.steps, int | float) and self.steps > 0):
             raise ValueError(f"steps={self.steps!r}; allowed: {', '.join(STEPS)}, or a share, a number above 0")
 
+    @property
+    def projects(self) -> bool:
+        """Whether its models are projections of a source: all sizes are trained in one run then."""
+        return self.model.endswith("projectable")
+
 
 # Middles of sweeps, by width (`at_size`), are where earlier ones ended, for all arms alike: few have to go on beyond an
 # edge. Those of `arms` are for all studies that have no others.
@@ -413,28 +418,12 @@ class Study(Compared):
         """
         arm, p = self.arms[name], self.profile
         sizes = () if arm.model == "source" else tuple(sorted(rates))
-        options, start = arm.options | self.options.get(name, {}), None
-        if arm.model.endswith("projectable") and "family" not in options:
-            static = options.pop("static", "")
-            options = self.maps.options | options | (dict.fromkeys(self.maps.families, static) if static else {})
-        if arm.model in ("universal", "distilled") and "conditioning" not in options:  # told as the best one is
-            options["conditioning"] = self.arms[self.best_universal(*sizes)].options["conditioning"]
-        both = p.source_steps + p.joint_steps
-        steps = {"source": p.source_steps, "joint": p.joint_steps, "none": 1, "matched": 0, "alone": 0}  # 0: see below
-        n_steps = max(1, round(arm.steps * both)) if not isinstance(arm.steps, str) else steps[arm.steps]
-        if arm.start == "universal":  # shorter than the rival itself: both together see as many examples as all arms
-            best = self.best_universal(*sizes)
-            start = self.config(best, {s: self.rates(best)[s] for s in sizes}, seed).with_(steps=both - n_steps)
-        elif arm.start:
-            start_rates = {p.d_source: source_rates[0]} if source_rates else self.rates(arm.start)
-            start = self.config(arm.start, start_rates, p.seeds[0] if arm.one_start else seed)
-        if arm.steps in ("matched", "alone"):
-            rival = "hypernetwork" if arm.model == "hypernetwork" else "universal_film"
-            n_steps = self.matched_steps(start, rival, sizes if arm.steps == "alone" else self.sizes)
+        options = self._options(name, sizes)
+        start, n_steps = self._start_and_steps(arm, sizes, seed, source_rates)
         source_lr = 0.0
         if arm.model == "source":
             (source_lr,) = rates.values()
-        elif arm.model.endswith("projectable") and not options.get("source_mode", "trained").endswith("frozen"):
+        elif arm.projects and not options.get("source_mode", "trained").endswith("frozen"):
             # chosen for the control, not for us
             source_lr = source_rates[1] if source_rates else self.rates("source_control")[p.d_source]
         return RunConfig(
@@ -454,6 +443,38 @@ class Study(Compared):
             options=tuple(options.items()),
             start=start,
         )
+
+    def _options(self, name: str, sizes: tuple[int, ...]) -> dict:
+        """An arm's options and the study's; where they name none, its maps, or how the best universal model is told."""
+        arm = self.arms[name]
+        options = arm.options | self.options.get(name, {})
+        if arm.projects and "family" not in options:
+            static = options.pop("static", "")
+            options = self.maps.options | options | (dict.fromkeys(self.maps.families, static) if static else {})
+        if arm.model in ("universal", "distilled") and "conditioning" not in options:
+            options["conditioning"] = self.arms[self.best_universal(*sizes)].options["conditioning"]
+        return options
+
+    def _start_and_steps(
+        self, arm: Arm, sizes: tuple[int, ...], seed: int, source_rates: tuple[float, float] | None
+    ) -> tuple[RunConfig | None, int]:
+        """The run that an arm's starts from, if from any, and how many steps its own has."""
+        p, start = self.profile, None
+        both = p.source_steps + p.joint_steps
+        if isinstance(arm.steps, str):
+            n_steps = {"source": p.source_steps, "joint": p.joint_steps, "none": 1}.get(arm.steps, 0)  # 0: see below
+        else:
+            n_steps = max(1, round(arm.steps * both))
+        if arm.start == "universal":  # shorter than the rival itself: both together see as many examples as all arms
+            best = self.best_universal(*sizes)
+            start = self.config(best, {s: self.rates(best)[s] for s in sizes}, seed).with_(steps=both - n_steps)
+        elif arm.start:
+            start_rates = {p.d_source: source_rates[0]} if source_rates else self.rates(arm.start)
+            start = self.config(arm.start, start_rates, p.seeds[0] if arm.one_start else seed)
+        if arm.steps in ("matched", "alone"):
+            rival = "hypernetwork" if arm.model == "hypernetwork" else "universal_film"
+            n_steps = self.matched_steps(start, rival, sizes if arm.steps == "alone" else self.sizes)
+        return start, n_steps
 
     def matched_steps(
         self, start: RunConfig | None = None, rival: str = "universal_film", sizes: tuple[int, ...] = ()
@@ -481,7 +502,7 @@ class Study(Compared):
             return 0.0
         known = (self.middles, MIDDLES[self.maps.name], MIDDLES["arms"])
         lr = next((table[name] for table in known if name in table), None)
-        if lr is None and not self.arms[name].model.endswith("projectable"):
+        if lr is None and not self.arms[name].projects:
             raise ValueError(
                 f"no middle of the sweep of {name!r}; allowed: an entry of it under [arms] in middles.toml"
             )
@@ -500,7 +521,7 @@ class Study(Compared):
                     # one beginning for all, whatever an arm's rate of the source beside projections is
                     options = tuple(option for option in config.options if option[0] != "source_rate")
                     trials[name, size, k] = config.with_(options=options)
-            elif self.arms[name].model.endswith("projectable"):
+            elif self.arms[name].projects:
                 for k in sorted({k for s in sizes for k in powers[name, s]}):
                     config = self.config(name, {s: self.rate_at(name, s, k) for s in sizes}, seed)
                     trials |= {(name, s, k): config for s in sizes}
@@ -530,7 +551,7 @@ class Study(Compared):
             if name == "universal":
                 chosen = {s: self.best_universal(s) for s in self.sizes}
                 parts = [(chosen[s], {s: self.rates(chosen[s])[s]}) for s in self.sizes]
-            elif self.arms[name].model.endswith("projectable"):
+            elif self.arms[name].projects:
                 parts = [(name, self.rates(name))]
             else:
                 parts = [(name, {s: lr}) for s, lr in self.rates(name).items()]
@@ -710,8 +731,8 @@ class Scarce(Compared):
         elif arm.base:
             base = self.study.best_universal(size) if arm.base == "universal" else arm.base
             rates = self.study.rates(base)
-            one = not self.study.arms[base].model.endswith("projectable")
-            start = self.study.config(base, {size: rates[size]} if one else rates, seed)
+            projects = self.study.arms[base].projects
+            start = self.study.config(base, rates if projects else {size: rates[size]}, seed)
         steps = self.steps if arm.lr else 1  # one at a rate of zero
         return RunConfig(
             arm.model,
