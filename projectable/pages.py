@@ -366,10 +366,8 @@ def _together(cells: list) -> list:
     """Cells of a notebook; code that shows nothing goes together with the code after it, to be folded away once."""
     result: list = []
     for cell in cells:
-        before = result[-1] if result else cell
-        if cell.cell_type == before.cell_type == "code" and cell is not before and not before.outputs:
-            cell.source = f"{before.source}\n\n{cell.source}"
-            result.pop()
+        if cell.cell_type == "code" and result and result[-1].cell_type == "code" and not result[-1].outputs:
+            cell.source = f"{result.pop().source}\n\n{cell.source}"
         result.append(cell)
     return result
 
@@ -599,29 +597,37 @@ Family = tuple[str, str, list[tuple[str, dict]]]  # words, statistic, (“width 
 WIDTHS = r"(,? (of|at) )?width \d+(?= |$|,|:)| from width \d+ to \d+"  # in the words of a claim
 
 
+def _parts(id: str) -> tuple[str, str, str]:
+    """Of a claim's id: what is asked, the number of images and the width, empty where it ends in none.
+
+    `scarce.glyphs.n5.d8` → (scarce.glyphs, 5, 8); `headline.widens.8_16` → (headline.widens, "", 8 against 16).
+    """
+    found = re.fullmatch(r"(.+?)(?:\.n(\d+))?(?:\.(?:d(\d+)|(\d+_\d+)))?", id)
+    asked, images, width, pair = found.groups("")  # type: ignore[union-attr]
+    return asked, images, width or pair.replace("_", " against ")
+
+
 def claim_families(claims: Sequence[dict], whole: bool = False) -> list[Family]:
     """Claims that differ in width and number of images only, together.
 
     Apart where their words differ, or their statistics, as the arms do that were chosen; `whole`: those together, too.
     """
-    ending = re.compile(r"(?:\.n(\d+))?(?:\.(?:d(\d+)|(\d+_\d+)))?$")  # of an id: .n5.d8, .8_16
     few, width = partial(re.sub, r"^With \d+ images", "With few images"), partial(re.sub, WIDTHS, "")
     families: dict[tuple[str, str, str], list[dict]] = {}
     for claim in claims:  # of one question, in the same words, and one statistic
         statistic = re.sub(r" at \d+", "", claim["statistic"]) * (not whole)
-        families.setdefault((ending.sub("", claim["id"]), few(width(claim["claim"])), statistic), []).append(claim)
+        families.setdefault((_parts(claim["id"])[0], few(width(claim["claim"])), statistic), []).append(claim)
     result = []
     for members in families.values():
         words, names = members[0]["claim"], [""] * len(members)
         said = {re.sub(r" at \d+", "", member["statistic"]) for member in members}
         statistic = members[0]["statistic"] if len(members) == 1 else said.pop() if len(said) == 1 else ""
-        images, *widths = zip(*(ending.findall(claim["id"])[0] for claim in members), strict=True)
+        _, images, widths = zip(*(_parts(claim["id"]) for claim in members), strict=True)
         if len(set(images)) > 1:
             names = [f"{n} images, " for n in images]
             words = few(words)
-        if len(set(zip(*widths, strict=True))) > 1:
-            sizes = [one or two.replace("_", " against ") for one, two in zip(*widths, strict=True)]
-            names = [f"{name}width {size}" for name, size in zip(names, sizes, strict=True)]
+        if len(set(widths)) > 1:
+            names = [f"{name}width {size}" for name, size in zip(names, widths, strict=True)]
             words = width(words)
         names = [name.removesuffix(", ") for name in names]
         result.append((words, statistic, list(zip(names, members, strict=True))))
@@ -636,7 +642,9 @@ def in_brief(claims: Sequence[dict]) -> list[tuple[list[str], list[tuple[str, st
     """
     tables: dict[str, tuple[list[str], list]] = {}  # of one kind, as columns are called, numbers apart
     for words, statistic, found in claim_families(claims, whole=True):
-        of_columns = {name or _column(claim): claim for name, claim in found}
+        width = _parts(found[0][1]["id"])[2]
+        alone = f"width {width}" if width else "value"  # where a claim without others belongs
+        of_columns = {name or alone: claim for name, claim in found}
         columns, rows = tables.setdefault(re.sub(r"\d+", "", [*of_columns][0]), ([], []))
         columns.extend(name for name in of_columns if name not in columns)
         rows.append((words, "" if "nats per token" in statistic else statistic, of_columns))
@@ -645,12 +653,6 @@ def in_brief(claims: Sequence[dict]) -> list[tuple[list[str], list[tuple[str, st
         columns.sort(key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
         result.append((columns, [(words, unit, [found.get(name) for name in columns]) for words, unit, found in rows]))
     return result
-
-
-def _column(claim: dict) -> str:
-    """Where a claim that stands alone belongs."""
-    at = re.search(r"\.(?:d(\d+)|(\d+)_(\d+))$", claim["id"])
-    return "value" if at is None else f"width {at[1]}" if at[1] else f"width {at[2]} against {at[3]}"
 
 
 def counted(claims: Sequence[dict]) -> str:
