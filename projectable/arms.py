@@ -304,7 +304,7 @@ class Compared:
 
     def _sweeping(self, names: tuple[str, ...]) -> Generator[list[RunConfig], list[Run], pd.DataFrame]:
         """The same, asking for the runs of its trials, as often as a best one is at an edge."""
-        n_trials, most = self.profile.trials, self.profile.max_trials
+        n_trials = self.profile.trials
         first = [k - (n_trials - 1) // 2 for k in range(n_trials)]
         where = [(name, size) for name in names for size in self.sizes_of(name)]
         powers = {at: first if self.middle(*at) else [0] for at in where}
@@ -319,13 +319,14 @@ class Compared:
                 lrs = {k: self.rate_at(name, size, k) for k in ks}
                 losses = {k: sum(found["val"][m] for m in judges) / len(judges) for k, found in results.items()}
                 losses |= {k: math.inf for k, lr in lrs.items() if (name, size, lr) in self._refused}
-                best, edge, further = _found(losses, most if self.middle(name, size) else 1, f"{name}, width {size}")
+                most = self.profile.max_trials if self.middle(name, size) else 1
+                best, at_edge, further = _best_rate(losses, most, f"{name}, width {size}")
                 powers[name, size] = ks + further
                 again |= bool(further)
+                about: dict[str, Any] = dict(arm=name, **self._about_rows, d_s=size)
                 for k in ks:
-                    row: dict[str, Any] = dict(arm=name, **self._about_rows, d_s=size)
-                    row |= dict(lr=lrs[k], val_loss=losses[k], best=k == best)
-                    rows.append(row | dict(at_edge=edge and k == best, seconds=results[k]["seconds"]))
+                    trial = dict(lr=lrs[k], val_loss=losses[k], best=k == best, at_edge=at_edge and k == best)
+                    rows.append(about | trial | dict(seconds=results[k]["seconds"]))
             if not again:
                 table = pd.DataFrame(rows)
                 self._swept |= dict(list(table.groupby("arm", sort=False)))
@@ -629,15 +630,16 @@ def sweep_source_rates(study: Study, *names: str) -> pd.DataFrame:
         configs = []
         for name, k in asked:
             config = study.config(name, study.rates(name), study.profile.seeds[0])
-            options = {name: x for name, x in config.options if name != "source_rate"}  # the study's own, perhaps
+            options = {option: x for option, x in config.options if option != "source_rate"}  # the study's own, perhaps
             options |= dict(source_rate=FACTOR**k) if k else {}
             configs.append(config.with_(options=options))
         for (name, k), run in zip(asked, run_many(configs, "rates of the source", diverging=True), strict=True):
             losses[name][k] = sum(run.result["val"][f"d{s}"] for s in study.sizes_of(name)) / len(study.sizes_of(name))
-        found = {name: _found(losses[name], study.profile.max_trials, name) for name in names}
+        found = {name: _best_rate(losses[name], study.profile.max_trials, name) for name in names}
+        best = {name: power for name, (power, _, _) in found.items()}
         powers = {name: further for name, (_, _, further) in found.items()}
     rows = [
-        dict(arm=name, source_rate=FACTOR**k, val_loss=losses[name][k], best=k == found[name][0])
+        dict(arm=name, source_rate=FACTOR**k, val_loss=losses[name][k], best=k == best[name])
         for name in names
         for k in sorted(losses[name])
     ]
@@ -783,21 +785,21 @@ class Scarce(Compared):
         return self.study, self.study.best_universal(size) if arm.base == "universal" else arm.base
 
 
-def _found(losses: dict[int, float], most: int, whose: str) -> tuple[int, bool, list[int]]:
-    """Of a sweep's losses by power: the best, whether it is at an edge, and what to try further (`most` in all).
+def _best_rate(losses: dict[int, float], most: int, whose: str) -> tuple[int, bool, list[int]]:
+    """Of a sweep's losses by power: the best power, whether it is at an edge, what to try further (`most` in all).
 
     Raises DivergedError where all are infinite and no further one is to be tried.
     """
     # of equals the one in the middle, of rates that all diverge the lowest
     best = min(losses, key=lambda k: (losses[k], abs(k) if losses[k] < math.inf else k))
     first, last = min(losses), max(losses)
-    edge = best in (first, last) and len(losses) > 1
-    further = [last + 1 if best == last else first - 1] if edge and len(losses) < most else []
+    at_edge = best in (first, last) and len(losses) > 1
+    further = [last + 1 if best == last else first - 1] if at_edge and len(losses) < most else []
     if losses[best] == math.inf and not further:
         raise DivergedError(
             f"{whose}: training diverged at each of {len(losses)} learning rates: centre its sweep lower"
         )
-    return best, edge, further
+    return best, at_edge, further
 
 
 def _check_names(wanted: Sequence[tuple[Compared, Iterable[str]]], *more: str) -> None:
