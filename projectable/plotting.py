@@ -118,7 +118,8 @@ def _legend(fig: Figure, axes) -> None:
     if len(axes) == 1 and 0 < len(entries) < 3:  # more would lie on bars, which `best` does not look at
         axes[0].legend()
     elif entries:
-        columns = next(n for n, letters in ((3, 29), (2, 48), (1, 200)) if max(map(len, entries)) <= letters)
+        longest = max(map(len, entries))
+        columns = 3 if longest < 30 else 2 if longest < 49 else 1
         width, height = fig.get_size_inches()
         fig.set_size_inches(width, height + 0.25 * max(0, -(-len(entries) // columns) - 2))
         fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), columns))
