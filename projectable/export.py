@@ -393,14 +393,17 @@ def evaluate(
     about = DataConfig(**config["data"] | dict(dataset=f"{FOLDER}{images}" if of_folder else dataset))
     if "content" not in config:
         raise ModelError(f"the model {model.task!r} does not say what images it was made of: export it again")
-    task_id, data, same = config["task_id"], data_for(about), content_of(about) == config["content"]
-    if same and dataset not in MAKERS and not np.array_equal(data.codebook.codes, book.codes):
+    task_id, data, same_images = config["task_id"], data_for(about), content_of(about) == config["content"]
+    if same_images and dataset not in MAKERS and not np.array_equal(data.codebook.codes, book.codes):
         data = make_tasks(**asdict(about), codebook=book)  # machines round differently: another was fitted here
     codes = data.codebook.codes
-    same = same and codes.shape == book.codes.shape and np.allclose(codes, book.codes, atol=1e-4)
-    same = same and data.task_names[task_id : task_id + 1] == (model.task,)
-    same = same and {s: len(tokens[task_id]) for s, tokens in data.tokens.items()} == config["n_images"]
-    if not same:
+    if not (
+        same_images
+        and codes.shape == book.codes.shape
+        and np.allclose(codes, book.codes, atol=1e-4)
+        and data.task_names[task_id : task_id + 1] == (model.task,)
+        and {s: len(tokens[task_id]) for s, tokens in data.tokens.items()} == config["n_images"]
+    ):
         where = images or config["data_name"]
         words = "images were added, removed or changed since" if of_folder else "the data are not the same here"
         raise ModelError(
