@@ -476,13 +476,13 @@ def write_claims(profile: str) -> None:
     """
     if not is_reference(profile) or any(read_status(p, profile).status == "failed" for p in notebook_paths()):
         return
-    reports, path = reports_dir("laptop"), root() / "README.md"
-    before, mark, rest = (path.read_text(encoding="utf-8") if path.exists() else "").partition("<!-- claims: ")
-    head, end, after = rest.partition("<!-- /claims -->")
+    reports, readme = reports_dir("laptop"), root() / "README.md"
     claims, findings = _read_json(reports / "claims.json", []), reports / "findings.md"
     if findings.exists():
         write_atomically(findings, _with_claims(findings, claims, kept_runs(claims, reports)))
-    if not (mark and end and claims):
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    parts = re.fullmatch(r"(.*?<!-- claims: .*?-->).*?(<!-- /claims -->.*)", text, re.DOTALL)  # between them: rows
+    if not (parts and claims):
         return
     rows = []
     for heading, group in pages.claim_groups(claims):
@@ -493,8 +493,7 @@ def write_claims(profile: str) -> None:
         if folded := [family for family in families if family not in in_sight]:
             rows += [f"<details><summary>{heading}: those without such a failure</summary>", ""]
             rows += [*_rows(folded), "</details>", ""]
-    comment = head.partition("-->")[0] + "-->"
-    write_atomically(path, "\n".join([before + mark + comment, *rows, end + after]))
+    write_atomically(readme, "\n".join([parts[1], *rows, parts[2]]))
 
 
 def _is_in_sight(family: pages.Family) -> bool:
@@ -536,7 +535,7 @@ def lock(profile: str):
         yield
 
 
-def select_notebooks(only: list[str] | tuple[str, ...] | None) -> list[Path]:
+def select_notebooks(only: Sequence[str] = ()) -> list[Path]:
     """The notebooks named by number (`03`), numbers (`00-06`), stem or file name; all of them without names.
 
     Raises ReportError naming the allowed ones.
@@ -545,7 +544,7 @@ def select_notebooks(only: list[str] | tuple[str, ...] | None) -> list[Path]:
     if not paths:
         raise ReportError(f"no numbered notebooks in {root() / 'notebooks'}")
     chosen = []
-    for name in only or ():
+    for name in only:
         first, last = name.split("-") if re.fullmatch(r"\d\d-\d\d", name) else ("", "")
         found = [p for p in paths if Path(name).name in (p.stem, p.name, p.stem[:2]) or first <= p.stem[:2] <= last]
         if not found:
@@ -555,10 +554,7 @@ def select_notebooks(only: list[str] | tuple[str, ...] | None) -> list[Path]:
 
 
 def reproduce(
-    profile: str,
-    only: list[str] | tuple[str, ...] | None = None,
-    executor: str = "",
-    parameters: dict[str, str] | None = None,
+    profile: str, only: Sequence[str] = (), executor: str = "", parameters: dict[str, str] | None = None
 ) -> int:
     """Run the notebooks in order, or as jobs (`executor`: local, slurm); returns how many failed, after naming them.
 
@@ -668,7 +664,7 @@ def _beside_others() -> None:
 def report(profile: str) -> int:
     """Make the pages and the index again from the executed notebooks, without running anything."""
     with lock(profile):
-        executed = [path for path in select_notebooks(None) if executed_path(path, profile).exists()]
+        executed = [path for path in select_notebooks() if executed_path(path, profile).exists()]
         for path in executed:
             render(path, read_status(path, profile), [path.stem for path in executed])
         merge_claims(profile)
