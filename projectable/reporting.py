@@ -165,10 +165,9 @@ class Report:
         if verdict not in pages.VERDICTS:
             raise ValueError(f"unknown verdict {verdict!r} for claim {id!r}; allowed: {', '.join(pages.VERDICTS)}")
         statistic = f"{statistic}; {self.note}" if self.note else statistic
-        found = {"statistic": statistic, "value": value, "ci_low": ci_low, "ci_high": ci_high}
-        found |= {"seeds": seeds, "tasks": tasks, "verdict": verdict}
-        run = {"profile": self.profile, "device": device or this_device(), "commit": commit or current_commit()}
-        record = {"id": id, "claim": claim, **found, **run, "notebook": self.notebook}
+        record: dict = dict(id=id, claim=claim, statistic=statistic, value=value, ci_low=ci_low, ci_high=ci_high)
+        record |= dict(seeds=seeds, tasks=tasks, verdict=verdict, profile=self.profile)
+        record |= dict(device=device or this_device(), commit=commit or current_commit(), notebook=self.notebook)
         self.claims = [old for old in self.claims if old["id"] != id] + [_plain(record)]
         write_results(self.reports / "results" / "claims" / f"{self.notebook}.json", self.claims)
 
