@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from . import ONNX_EXTRA, ONNX_KEY, ONNX_SEAL, OnnxError, transformer
 from .config import DataConfig
 from .storage import DamagedFile, WriteError, current_commit, draft_of, load_tensors, save_tensors, write_atomically
-from .tasks import MAKERS, SPLITS, Codebook, make_tasks
+from .tasks import MAKERS, SPLITS, Codebook, TaskData, make_tasks
 from .tasks.images import FOLDER
 from .transformer import PLAIN_AXES, Shape, Weights, forward, sample
 
@@ -379,10 +379,20 @@ def evaluate(
     was made for.
     """
     from .evaluation import bits_per_pixel
-    from .experiment import content_of, data_for
 
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
+    tokens, book = _data_of(model, images).tokens[split][model.config["task_id"]], model.codebook
+    if not len(tokens):
+        raise ModelError(f"{model.task} of {model.config['data_name']} has no {split} images")
+    nats = model.mean_loss(tokens)
+    return len(tokens), nats, bits_per_pixel(nats, book.length, book.height * book.width)
+
+
+def _data_of(model: SmallTransformer, images: str | Path | None) -> TaskData:
+    """The data that a model was made for, made here, in tokens of its own codebook. Raises as `evaluate` does."""
+    from .experiment import content_of, data_for
+
     config, book, dataset = model.config, model.codebook, model.config["data"]["dataset"]
     of_folder = dataset.startswith(FOLDER)
     if of_folder != (images is not None):
@@ -410,11 +420,7 @@ def evaluate(
             f"{where} gives other images or tasks than the model was made with: {words}, and test images might be "
             "among those that it was trained on"
         )
-    tokens = data.tokens[split][task_id]
-    if not len(tokens):
-        raise ModelError(f"{model.task} of {config['data_name']} has no {split} images")
-    nats = model.mean_loss(tokens)
-    return len(tokens), nats, bits_per_pixel(nats, book.length, book.height * book.width)
+    return data
 
 
 def png_path(path: str | Path) -> Path:
