@@ -207,27 +207,34 @@ def train(config: str, executor: str | None) -> None:
     Example: projectable train notebooks/digits.json
              torchrun --nproc-per-node 2 -m projectable train notebooks/digits.json
     """
-    from tqdm import tqdm
-
-    from projectable import experiment, training
+    from projectable import experiment
     from projectable.config import read_config
 
     wanted = read_config(config, experiment.MODELS)
-    if executor:
-        try:
-            (finished,) = experiment.run_many([wanted], executor=executor)
-        except KeyboardInterrupt:  # its jobs were ended
-            click.echo("stopped: the same command goes on from the last checkpoint", err=True)
-            sys.exit(128 + signal.SIGINT)
-        _told(finished)
+    if not executor:
+        _train_here(wanted)
         return
+    try:
+        (finished,) = experiment.run_many([wanted], executor=executor)
+    except KeyboardInterrupt:  # its jobs were ended
+        click.echo("stopped: the same command goes on from the last checkpoint", err=True)
+        sys.exit(128 + signal.SIGINT)
+    _print_folder(finished)
+
+
+def _train_here(wanted: RunConfig) -> None:
+    """Train a run in this process, or with the others of torchrun: a bar for each part, the folder at the end."""
+    from tqdm import tqdm
+
+    from projectable import experiment, training
+
     with training.team() as team, training.Stop(team) as stop:
         said, trained = "", {}
         try:
-            done = team.first(partial(experiment.is_done, wanted))
-            if wanted.start is not None and not done:
+            parts = [] if team.first(partial(experiment.is_done, wanted)) else experiment.chain(wanted)
+            if parts and wanted.start is not None:
                 team.first(partial(experiment.try_out, wanted))
-            for part in [] if done else experiment.chain(wanted):
+            for part in parts:
                 if team.first(partial(experiment.is_done, part)):
                     continue
                 words = " ".join([part.model, *(f"d{size}" for size in part.sizes)])
@@ -250,14 +257,14 @@ def train(config: str, executor: str | None) -> None:
                 click.echo(f"stopped{said}: the same command goes on from {where}", err=True)
             sys.exit(128 + (stop.signal or signal.SIGINT))
         if team.rank == 0:
-            _told(trained.get(wanted) or experiment.run(wanted))
+            _print_folder(trained.get(wanted) or experiment.run(wanted))
     if team.size > 1:  # all is written: threads of the process group may abort an interpreter that tidies up
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
 
 
-def _told(run: Run) -> None:
+def _print_folder(run: Run) -> None:
     """Print the folder of a finished run. Raises DamagedFile."""
     from projectable.experiment import folder_of
     from projectable.tasks.images import DataError
