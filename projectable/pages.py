@@ -705,7 +705,7 @@ def index_html(
     for claim in claims:
         fits = [found.expand(name) for start, name in FIGURES.items() if (found := re.match(start, claim["id"]))]
         names = [] if "" in fits else [*fits, first.get(claim["notebook"], "")]
-        path = next((path for name in names if (path := figures / f"{name}.png").exists()), None)
+        path = next(filter(Path.exists, (figures / f"{name}.png" for name in names)), None)
         thumbs[claim["id"]] = (f"figures/{path.name}", data_uri(path, 288)) if path else None
     groups = claim_groups(claims)
     refuted = [claim for claim in claims if claim["verdict"] == "not reproduced"]
