@@ -98,7 +98,7 @@ def check(notebooks: tuple[Path, ...]) -> None:
     One cell tagged `parameters` with literals only, `profile` first; no outputs. All numbered ones if none is named.
     """
     failed = 0
-    for path in notebooks or reporting.select_notebooks(None):
+    for path in notebooks or reporting.select_notebooks():
         try:
             pages.check_stored(path)
         except pages.ReportError as error:

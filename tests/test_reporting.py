@@ -442,7 +442,7 @@ def test_only_what_was_run_is_set_beside_other_runs(project, monkeypatch, capsys
         (["00-03", "07_d.ipynb"], "00 03 07"),
         (["05-20", "00_a"], "00 07"),
         (["notebooks/03_b.ipynb"], "03"),
-        (None, "00 03 07"),
+        ((), "00 03 07"),
     ],
 )
 def test_notebooks_are_named_by_number_range_or_file(project, only, found):
