@@ -215,6 +215,8 @@ def test_errors_are_one_line_that_names_the_value(trained, model, tmp_path, caps
         (("evaluate", model, "--images", tmp_path), f"images={tmp_path} for a model of digits/classes; allowed: none"),
         (("train", model), "threes is no run but a small model: `projectable sample`"),
         (("sample", tmp_path / "none", "-o", "x.jpg"), "x.jpg is no PNG file; allowed: a name that ends in .png"),
+        (("sample", model, "-n", 10**20, "-o", tmp_path / "x.png"), "n=100000000000000000000; allowed: 1 to 1,000,000"),
+        (("sample", model, "-o", model / "README.md" / "x.png"), "README.md is a file; allowed: a folder"),
         (("sample", model, "-o", folder), "folder.png can't be written .Is a directory."),
         (("sample", model, "-o", "x.png", "--seed", 10**22), "seed=10000000000000000000000; allowed: up to 922"),
         (

@@ -161,6 +161,18 @@ def test_wrong_tokens_are_named(exported):
     for shape in ((4,), (2, 17), (2, 0), (1, 2, 3)):
         with pytest.raises(ValueError, match=r"tokens of shape .*; allowed: \(images, 1 to 16\)"):
             model(torch.zeros(shape, dtype=torch.int64))
+    for wrong, said in (
+        (torch.zeros(2, 16), r"tokens \(2, 16\), torch.float32; allowed: one image or more, torch.int64"),
+        (torch.zeros(0, 16, dtype=torch.int64), r"tokens \(0, 16\), torch.int64; allowed: one image or more"),
+        (torch.full((2, 16), -100), "tokens from -100 to -100; allowed: 0 to 31"),  # which torch's loss would leave out
+        (torch.full((2, 16), 32), "tokens from 32 to 32; allowed: 0 to 31"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.mean_loss(wrong)
+    tokens = torch.ones(2, 16, dtype=torch.int64)
+    assert model.mean_loss(tokens.numpy()) == model.mean_loss(tokens), "as a codebook gives them"
+    with pytest.raises(ValueError, match="n=1000001; allowed: 1 to 1,000,000"):
+        model.sample(1_000_001)
 
 
 def test_the_card_says_what_it_is(exported, trained, monkeypatch):
@@ -182,6 +194,13 @@ def test_unknown_widths_and_tasks_are_named(trained, tmp_path):
     assert not list(tmp_path.iterdir())
     assert load(export(trained, "source", "3", tmp_path / "source")).config["member"] == "source"
     assert load(export(trained, "16", 3, tmp_path / "d16")).config["member"] == "d16"
+
+
+def test_a_number_of_numpys_is_a_number_where_tasks_are_named_by_numbers(tmp_path):
+    three = run(tiny(data=replace(CONFIGS["StaticToken"]().data, tasks="unseen3"), steps=2))
+    assert data_for(three.config.data).task_names == ("2", "5", "8")
+    for task, name in ((2, "8"), (np.int64(2), "8"), ("2", "2")):
+        assert load(export(three, 8, task, tmp_path / "x", overwrite=True)).task == name
 
 
 @pytest.mark.parametrize(
