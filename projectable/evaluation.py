@@ -157,8 +157,8 @@ def judge(values, above: float = 0.0, below: float | None = None, longer: float 
     """
     value, low, high = t_interval(values)
     low, high = low + (longer - 1) * (low - value), high + (longer - 1) * (high - value)
-    words = verdict(low, high, len(values), above) if below is None else verdict(-high, -low, len(values), -below)
-    return dict(value=value, ci_low=low, ci_high=high, seeds=len(values), verdict=words)
+    ends, bound = ((low, high), above) if below is None else ((-high, -low), -below)
+    return dict(value=value, ci_low=low, ci_high=high, seeds=len(values), verdict=verdict(*ends, len(values), bound))
 
 
 def judge_sampled(losses: pd.DataFrame, rival: str, ours: str, by: str = "task") -> dict:

@@ -190,7 +190,7 @@ def test_new_tasks_are_validated_as_the_known_ones_and_use_the_whole_base(study)
     assert config.val_images == PROFILE.val_images
 
 
-def test_the_crossed_bootstrap_redraws_seeds(digits):
+def test_the_crossed_bootstrap_redraws_seeds():
     by_seed = table(rival=[[1.0] * 4] * 5, ours=[[0.9 - 0.1 * seed] * 4 for seed in range(5)])
     mean, low, high = evaluation.crossed_bootstrap(by_seed, "rival", "ours")
     assert mean == pytest.approx(0.3) and low < 0.2 and high > 0.4
