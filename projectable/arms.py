@@ -210,14 +210,12 @@ OTHERS = {
         CUT["cut_start"], words=f"{CUT['cut_start'].words}, the projections' compute", steps="matched"
     ),
     # … and those that also learn from it
-    "projected_taught": replace(
-        _projected("projected, distilled from its source", max_seeds=3), model="distilled_projectable"
-    ),
+    "projected_taught": replace(_projected("projected, distilled from its source"), model="distilled_projectable"),
     "cut_taught": replace(
         CUT["cut_start"], words=f"{CUT['cut_start'].words}, distilled from it", model="distilled_cut"
     ),
     "hypernetwork_taught": Arm(
-        "hypernetwork, distilled from the source", "distilled_hypernetwork", start="source_control", max_seeds=3
+        "hypernetwork, distilled from the source", "distilled_hypernetwork", start="source_control"
     ),
     "universal_taught": replace(
         ARMS["universal_distilled"],
